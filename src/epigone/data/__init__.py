@@ -1,0 +1,1 @@
+"""Text: corpora as TFDS data sets, tokenizers, and the pipeline from documents to batches."""

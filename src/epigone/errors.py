@@ -1,0 +1,9 @@
+"""The two ways in which a command ends badly; the command line prints either as one line."""
+
+
+class UserError(Exception):
+    """What the user gave cannot be used: what, which value, what to do. Exit code 2."""
+
+
+class Fault(Exception):
+    """The run could not go on: a full disk, a damaged file, a loss that is not a number. Exit code 1."""

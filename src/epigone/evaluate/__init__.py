@@ -1,0 +1,1 @@
+"""Measuring models and texts; the theory to hold the measures against."""

@@ -1,0 +1,1 @@
+"""What a student learns: divergences and objectives, as pure functions of arrays."""

@@ -1,0 +1,1 @@
+"""Models: one Flax decoder whose families are data, and count-based n-gram models."""

@@ -1,0 +1,1 @@
+"""From records to a page: plots, tables and one self-contained HTML file."""

@@ -1,0 +1,1 @@
+"""Writing text with a model: jitted decoding over a key/value cache."""

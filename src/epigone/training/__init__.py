@@ -1,0 +1,1 @@
+"""One trainer on a mesh, its optimizer, its checkpoints and its metrics."""
