@@ -1,1 +1,121 @@
-"""Measuring models and texts; the theory to hold the measures against."""
+"""Measuring models and texts; the theory to hold the measures against.
+
+`evaluate_model` and `evaluate_text` give a node's record its flat dict of metrics. What was not computed, or has no
+value (an entropy of nothing), is absent, never 0. An impossible text has a perplexity of inf: a fact, and not the same
+as absent.
+"""
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from epigone.evaluate import calibration, diversity, quality
+from epigone.evaluate.contexts import Contexts
+from epigone.evaluate.ngrams import NGramIndex
+from epigone.models.language_model import Document, LanguageModel
+
+
+def evaluate_model(
+    model: LanguageModel,
+    documents: Sequence[Document],
+    byte_counts: Sequence[int] | None = None,
+    contexts: Contexts | None = None,
+) -> dict[str, float]:
+    """Measure a model on held-out text.
+
+    Args:
+        model: the model under test.
+        documents: held-out documents, token ids without specials.
+        byte_counts: UTF-8 bytes of each document; without them no `bits_per_byte`.
+        contexts: places for calibration (`evaluation_contexts`); without them no `ece`, `ece_adaptive`, `accuracy`,
+            `confidence`.
+
+    Returns:
+        `nats_per_token` and `nats_per_token_error` (standard error over documents), `perplexity`, `tokens_evaluated`
+        (ends included), `impossible` (share of events of probability 0), `nats_per_possible_token` if there are such
+        events, and the above.
+    """
+    text = quality.likelihood(model, documents)
+    metrics = {
+        "nats_per_token": quality.nats_per_token(text),
+        "nats_per_token_error": quality.nats_per_token_error(text),
+        "perplexity": quality.perplexity(text),
+        "impossible": quality.impossible_share(text),
+        "tokens_evaluated": int(text.events_M.sum()),
+    }
+    if metrics["impossible"] > 0:
+        metrics["nats_per_possible_token"] = quality.possible_nats_per_token(text)
+    if byte_counts is not None:
+        metrics["bits_per_byte"] = quality.bits_per_byte(text, byte_counts)
+    if contexts is not None:
+        top = calibration.top_predictions(model, contexts)
+        metrics |= {
+            "ece": calibration.expected_calibration_error(top),
+            "ece_adaptive": calibration.expected_calibration_error(top, adaptive=True),
+            "accuracy": float(top.correct_M.mean()),
+            "confidence": float(top.confidence_M.mean()),
+        }
+    return _present(metrics)
+
+
+def evaluate_text(
+    documents: Sequence[Document],
+    real: NGramIndex,
+    fixed_tokens: int,
+    *,
+    decode: Callable[[Document], str] | None = None,
+    judge: LanguageModel | None = None,
+    cut_at: int | None = None,
+) -> dict[str, float]:
+    """Measure a text, usually one that a node wrote, against the real text.
+
+    Args:
+        documents: the text, token ids without specials. Its first `fixed_tokens` tokens (ends not counted) are the
+            sample.
+        real: index of the real text up to 4-grams, built once for all nodes.
+        fixed_tokens: size of the sample. A shorter text lacks the measures that depend on length, since they would
+            not compare: `distinct_n`, `ead`, `entropy_n`, `vocabulary`, `vocabulary_share`, `self_repetition`,
+            `zipf_slope`, `gzip_ratio`.
+        decode: the tokenizer's `decode`; without it no `gzip_ratio`.
+        judge: the model whose perplexity of the text is wanted, such as generation 0; without it no `real_perplexity`.
+        cut_at: the `max_length` of the writer, so that no true end is scored where it was cut.
+
+    Returns:
+        The above, and `novelty_n` and `seen_n` (n = 2..4), `repetition`, `copied`, `sentence_length` (mean tokens a
+        document), `sample_tokens`; the last four but `sample_tokens` over all documents, whole.
+    """
+    sample = diversity.first_tokens(documents, fixed_tokens)
+    sampled = sum(len(document) for document in sample)
+    metrics: dict[str, float] = {"sample_tokens": sampled}
+    if sampled == fixed_tokens:
+        metrics |= _length_biased(sample, real)
+        if decode is not None:
+            metrics["gzip_ratio"] = diversity.gzip_ratio("\n".join(decode(document) for document in sample))
+    for n in range(2, real.order + 1):
+        metrics[f"seen_{n}"] = diversity.seen(sample, real, n)
+        metrics[f"novelty_{n}"] = 1 - metrics[f"seen_{n}"]
+    if documents:
+        metrics["sentence_length"] = float(np.mean([len(document) for document in documents]))
+    metrics["repetition"] = diversity.repetition(documents)
+    metrics["copied"] = diversity.copied(documents, real)
+    if judge is not None:
+        metrics["real_perplexity"] = quality.perplexity(quality.likelihood(judge, documents, cut_at=cut_at))
+    return _present(metrics)
+
+
+def _length_biased(sample: Sequence[Document], real: NGramIndex) -> dict[str, float]:
+    index = NGramIndex.build(sample, real.vocab_size, order=4)
+    types, tokens = len(index.keys[0]), int(index.counts[0].sum())
+    return {
+        **{f"distinct_{n}": diversity.distinct(index, n) for n in range(1, 5)},
+        **{f"entropy_{n}": diversity.ngram_entropy(index, n) for n in range(1, 5)},
+        "ead": diversity.expectation_adjusted_distinct(types, tokens, real.vocab_size),
+        "vocabulary": types,
+        "vocabulary_share": diversity.vocabulary_share(sample, real),
+        "self_repetition": diversity.self_repetition(sample),
+        "zipf_slope": diversity.zipf_slope(index),
+    }
+
+
+def _present(metrics: dict[str, float]) -> dict[str, float]:
+    return {name: value for name, value in metrics.items() if not np.isnan(value)}
