@@ -10,9 +10,20 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from epigone.evaluate import calibration, diversity, quality
-from epigone.evaluate.contexts import Contexts
+from epigone.evaluate.agreement import compare_models
+from epigone.evaluate.contexts import Contexts, evaluation_contexts, predictions
 from epigone.evaluate.ngrams import NGramIndex
 from epigone.models.language_model import Document, LanguageModel
+
+__all__ = [
+    "Contexts",
+    "NGramIndex",
+    "compare_models",
+    "evaluate_model",
+    "evaluate_text",
+    "evaluation_contexts",
+    "predictions",
+]
 
 
 def evaluate_model(
@@ -81,8 +92,8 @@ def evaluate_text(
         cut_at: the `max_length` of the writer, so that no true end is scored where it was cut.
 
     Returns:
-        The above, and `novelty_n` and `seen_n` (n = 2..4), `repetition`, `copied`, `sentence_length` (mean tokens a
-        document), `sample_tokens`; the last four but `sample_tokens` over all documents, whole.
+        The above; `sample_tokens`, `novelty_n` and `seen_n` (n = 2..4) of the sample; `repetition`, `copied` and
+        `sentence_length` (mean tokens a document) of all documents, whole.
     """
     sample = diversity.first_tokens(documents, fixed_tokens)
     sampled = sum(len(document) for document in sample)

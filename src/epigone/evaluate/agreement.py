@@ -1,12 +1,10 @@
 """How alike two models are: what they say next after the same words."""
 
-from collections.abc import Sequence
-
 import numpy as np
 from scipy.special import rel_entr
 
-from epigone.evaluate.contexts import score_contexts
-from epigone.models.language_model import Document, LanguageModel
+from epigone.evaluate.contexts import Contexts, score_contexts
+from epigone.models.language_model import LanguageModel
 
 
 def compare_models(student: LanguageModel, teacher: LanguageModel, contexts: Contexts) -> dict[str, float]:
@@ -21,7 +19,7 @@ def compare_models(student: LanguageModel, teacher: LanguageModel, contexts: Con
       fewer than five tokens any probability).
     - `forward_kl` = KL(P || S), `reverse_kl` = KL(S || P): the KL with its entropy term. One token to which only the
       first gives probability makes it inf; `forward_kl_infinite` and `reverse_kl_infinite` are the shares of such
-      prefixes.
+      contexts.
     - `js`: Jensen-Shannon divergence, the mean of the KLs to the even mixture: symmetric, at most ln 2, finite always.
 
     Raises:
@@ -43,7 +41,7 @@ def compare_models(student: LanguageModel, teacher: LanguageModel, contexts: Con
 
 
 def divergences(teacher_MV: np.ndarray, student_MV: np.ndarray) -> dict[str, np.ndarray]:
-    """Forward and reverse KL, where they are infinite, and Jensen-Shannon, [M] each, of normalised log-probabilities."""
+    """Forward and reverse KL, where they are infinite, and Jensen-Shannon, [M] each, of normalised log-scores."""
     p_MV, s_MV = np.exp(teacher_MV), np.exp(student_MV)
     mixture_MV = 0.5 * (p_MV + s_MV)
     forward_M = _kl(p_MV, teacher_MV, student_MV)

@@ -100,11 +100,13 @@ def self_repetition(documents: Sequence[Document], n: int = 4) -> float:
     if not documents:
         return float("nan")
     size = 1 + max((int(document.max()) for document in documents if len(document)), default=0)
-    ranks = NGramIndex.build(documents, size, n).ranks(documents, n)
+    index = NGramIndex.build(documents, size, n)
+    ranks = index.ranks(documents, n)
     owners = np.repeat(np.arange(len(documents)), [max(0, len(document) - n + 1) for document in documents])
-    pairs = np.unique(np.stack([owners, ranks]), axis=1) if len(ranks) else np.empty((2, 0), dtype=np.int64)
-    others = np.bincount(pairs[1])[pairs[1]] - 1
-    return float(np.mean(np.log1p(np.bincount(pairs[0], weights=others, minlength=len(documents)))))
+    types = max(1, len(index.keys[n - 1]))
+    owners, ranks = np.divmod(np.unique(owners * types + ranks), types)
+    others = np.bincount(ranks, minlength=types)[ranks] - 1
+    return float(np.mean(np.log1p(np.bincount(owners, weights=others, minlength=len(documents)))))
 
 
 def zipf_slope(index: NGramIndex, least: int = 5) -> float:
