@@ -1,0 +1,144 @@
+"""Where every array lives: one mesh, and one rule per axis letter.
+
+Epigone runs on a mesh with three explicit axes, made in one line and set with `jax.set_mesh`:
+
+    with jax.set_mesh(make_mesh(data=2, fsdp=2, tensor=2)): ...
+
+The batch is cut over `data` and `fsdp`; heads, feed-forward and vocabulary over `tensor`; the other axis
+of each weight over `fsdp`, and it is gathered just before use. With no mesh set the same code runs on
+the default device: every placement below is then the identity.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import jax
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from epigone.errors import UserError
+
+AXES = ("data", "fsdp", "tensor")
+
+MeshAxes = str | tuple[str, ...] | None
+
+
+def make_mesh(data: int = 1, fsdp: int = 1, tensor: int = 1, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """A mesh of `data * fsdp * tensor` devices with explicit axes; the first ones unless `devices` names them.
+
+    Raises UserError when there are fewer devices than the mesh needs.
+    """
+    devices = jax.devices() if devices is None else list(devices)
+    needed = data * fsdp * tensor
+    if min(data, fsdp, tensor) < 1 or needed > len(devices):
+        raise UserError(
+            f"a mesh of data {data} x fsdp {fsdp} x tensor {tensor} needs {needed} devices, "
+            f"and there are {len(devices)}: choose sizes of at least 1 whose product is at most {len(devices)}"
+        )
+    return jax.make_mesh((data, fsdp, tensor), AXES, axis_types=(AxisType.Explicit,) * 3, devices=devices[:needed])
+
+
+@dataclass(frozen=True)
+class Sharding:
+    """The mesh axes over which each logical axis is cut. Letters are those of the shape suffixes.
+
+    Attributes:
+        B: mesh axes of the batch.
+        N: mesh axes of the query heads.
+        K: mesh axes of the key and value heads.
+        F: mesh axes of the feed-forward features.
+        V: mesh axes of the vocabulary.
+        D: mesh axes of the model features in weights; activations keep D whole.
+    """
+
+    B: MeshAxes = ("data", "fsdp")
+    N: MeshAxes = "tensor"
+    K: MeshAxes = "tensor"
+    F: MeshAxes = "tensor"
+    V: MeshAxes = "tensor"
+    D: MeshAxes = "fsdp"
+
+    def weight(self, letters: str) -> P:
+        """How a weight with these axes is stored, e.g. `LDNH`."""
+        return self._spec(letters, kept=letters)
+
+    def gathered(self, letters: str) -> P:
+        """How the same weight is used: D is whole, the rest stays cut."""
+        return self._spec(letters, kept=letters.replace("D", ""))
+
+    def activation(self, letters: str) -> P:
+        """How an activation with these axes lies, e.g. `BTNH`: like a weight, with D whole."""
+        return self._spec(letters, kept=letters.replace("D", ""))
+
+    def _spec(self, letters: str, kept: str) -> P:
+        placed: dict[str, str] = {}
+        spec: list[MeshAxes] = []
+        for letter in letters:
+            axes = getattr(self, letter, None) if letter in kept else None
+            for axis in (axes,) if isinstance(axes, str) else axes or ():
+                if axis in placed:
+                    raise UserError(
+                        f"logical axes {placed[axis]} and {letter} of an array {letters} are both on mesh axis "
+                        f"'{axis}': give each its own in Sharding, or None"
+                    )
+                placed[axis] = letter
+            spec.append(axes)
+        return P(*spec)
+
+
+def check(sharding: Sharding, shapes: Mapping[str, Sequence[int]], mesh: Mesh | None = None) -> None:
+    """Refuse weights that cannot be cut as declared. `shapes` maps names with an axis suffix to sizes.
+
+    Raises UserError for two logical axes on one mesh axis, for a mesh axis that does not exist, and for
+    a size that does not divide, with the numbers.
+    """
+    sizes = dict((mesh or jax.sharding.get_abstract_mesh()).shape)
+    for name, shape in shapes.items():
+        letters = suffix(name)
+        for letter, size, axes in zip(letters, shape, sharding.weight(letters), strict=True):
+            _check_axis(name, letter, size, (axes,) if isinstance(axes, str) else axes or (), sizes)
+
+
+def check_batch(sharding: Sharding, batch_size: int, mesh: Mesh | None = None) -> None:
+    """Refuse a batch that the mesh cannot cut into equal parts."""
+    check(sharding, {"batch_B": (batch_size,)}, mesh)
+
+
+def _check_axis(name: str, letter: str, size: int, axes: tuple[str, ...], sizes: Mapping[str, int]) -> None:
+    if not sizes:
+        return
+    unknown = [axis for axis in axes if axis not in sizes]
+    if unknown:
+        raise UserError(f"{name}: mesh axis '{unknown[0]}' does not exist; the mesh has {', '.join(sizes)}")
+    parts = math.prod(sizes[axis] for axis in axes)
+    if size % parts:
+        raise UserError(
+            f"{name}: axis {letter} has size {size}, which {' x '.join(axes)} = {parts} does not divide: "
+            f"change the model's size or the mesh"
+        )
+
+
+def suffix(name: str) -> str:
+    """The axis letters of a name: `query_LDNH` -> `LDNH`."""
+    return name.rsplit("_", 1)[-1]
+
+
+def in_mesh() -> bool:
+    """Whether a mesh is set."""
+    return not jax.sharding.get_abstract_mesh().empty
+
+
+def placed(x: jax.Array, spec: P) -> jax.Array:
+    """`x`, moved to `spec` on the current mesh; unchanged when none is set."""
+    return jax.reshard(x, spec) if in_mesh() else x
+
+
+def out(spec: P) -> P | None:
+    """`spec` as an `out_sharding=` argument: None when no mesh is set."""
+    return spec if in_mesh() else None
+
+
+def named(spec: P) -> NamedSharding | None:
+    """`spec` on the devices of the current mesh, for restore targets; None when no mesh is set."""
+    return NamedSharding(jax.sharding.get_mesh(), spec) if in_mesh() else None
