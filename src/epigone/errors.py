@@ -7,3 +7,7 @@ class UserError(Exception):
 
 class Fault(Exception):
     """The run could not go on: a full disk, a damaged file, a loss that is not a number. Exit code 1."""
+
+
+class Stopped(Exception):
+    """The run was asked to stop and saved what it had; the same command goes on. Exit code 143."""

@@ -8,6 +8,9 @@ import numpy as np
 PAD, BOS, EOS, UNK = 0, 1, 2, 3
 """Special token ids, the same in every tokenizer. PAD and BOS are never predicted."""
 
+MAX_LENGTH = 256
+"""Tokens after which a written document is cut, where nothing else is asked for."""
+
 Document = np.ndarray
 """int32 token ids of one document, without specials."""
 
@@ -34,7 +37,7 @@ class LanguageModel(Protocol):
         temperature: float = 1.0,
         top_k: int = 0,
         top_p: float = 1.0,
-        max_length: int = 256,
+        max_length: int = MAX_LENGTH,
     ) -> list[Document]:
         """Sample documents until their tokens (each with its eos) reach `tokens`; the same for the same seed.
 

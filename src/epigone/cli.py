@@ -1,0 +1,186 @@
+"""The command line: the verbs, their arguments as dataclasses, and every bad end as one line."""
+
+import contextlib
+import errno
+import io
+import os
+import signal
+import sys
+import textwrap
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import tyro
+
+from epigone import __version__
+from epigone.errors import Fault, Stopped, UserError
+from epigone.lineage import did_you_mean
+
+
+@dataclass(frozen=True)
+class Report:
+    """Write the report of a run: report.html, results.json, results.csv and plots.
+
+    Attributes:
+        run: the run directory.
+    """
+
+    run: tyro.conf.Positional[Path]
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Let a node of a run write.
+
+    Attributes:
+        node: key of the node, as in teacher@0 or student@1.s2.
+        run: the run directory; by default the one below runs/ that has the node.
+        prompt: what the text begins with; give it again for more prompts.
+        n: texts for each prompt.
+        temperature: divides the logits before sampling; 0 takes the most probable token every time.
+        top_k: sample among the k most probable tokens only; 0 is off.
+        top_p: sample in the smallest set that holds this probability; 1 is off.
+        max_length: tokens after which a text is cut.
+        seed: another seed, another text.
+        scores: show the log-probability of each text in nats per token.
+    """
+
+    node: tyro.conf.Positional[str]
+    run: Path | None = None
+    prompt: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    n: int = 4
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    max_length: int = 128
+    seed: int = 0
+    scores: bool = False
+
+
+def report(arguments: Report) -> None:
+    """Write a report and say where it is."""
+    from epigone.report import write_report
+
+    print(f"report: {write_report(arguments.run)}")
+
+
+def sample(arguments: Sample) -> None:
+    """Print samples."""
+    from epigone.sampling.command import samples
+
+    for text in samples(**vars(arguments)):
+        print(text, flush=True)
+
+
+VERBS: dict[str, tuple[type, Callable[[Any], None]]] = {"sample": (Sample, sample), "report": (Report, report)}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one verb. Returns the exit code: 0 well, 2 bad input, 1 a fault, 128 + n stopped by signal n."""
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    try:
+        with _stopped_by_signal():
+            _dispatch(arguments)
+    except UserError as error:
+        return _say(error, 2)
+    except (Fault, MemoryError) as error:
+        return _say(error or "out of memory", 1)
+    except Stopped as stopped:
+        return _say(stopped, 128 + signal.SIGTERM)
+    except KeyboardInterrupt:
+        return _say("interrupted; the same command goes on from here", 128 + signal.SIGINT)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except OSError as error:
+        return _say(_of_the_system(error), 1)
+    return 0
+
+
+def _say(error: object, code: int) -> int:
+    """One line on standard error, whatever the message holds."""
+    print(f"epigone: {' '.join(str(error).split())}", file=sys.stderr)
+    return code
+
+
+def _of_the_system(error: OSError) -> str:
+    where = f" at {error.filename}" if error.filename else ""
+    if error.errno == errno.ENOSPC:
+        return f"the disk is full{where}: free some space and give the same command; what is done is kept"
+    return f"{error.strerror or error}{where}"
+
+
+def _dispatch(arguments: list[str]) -> None:
+    verb, rest = (arguments[0], arguments[1:]) if arguments else ("--help", [])
+    if verb in ("-h", "--help"):
+        print(_help())
+    elif verb == "--version":
+        print(f"epigone {__version__}")
+    elif verb == "run":
+        from epigone.run import run
+
+        run(rest)
+    elif verb in VERBS:
+        kind, function = VERBS[verb]
+        function(parse(kind, rest, f"epigone {verb}"))
+    else:
+        raise UserError(f"there is no verb '{verb}'{did_you_mean(verb, ['run', *VERBS])}")
+
+
+def _help() -> str:
+    lines = {"run": "Grow the lineage of a config: train, distil, self-train for generations."}
+    lines |= {verb: (kind.__doc__ or "").partition("\n")[0] for verb, (kind, _) in VERBS.items()}
+    verbs = "\n".join(f"  {verb:<8} {line}" for verb, line in lines.items())
+    return textwrap.dedent(
+        """\
+        usage: epigone VERB [ARGUMENTS]
+
+        Language models that teach language models, generation after generation.
+
+        {}
+
+        'epigone VERB --help' tells the arguments; 'epigone run CONFIG --help' every field of a config too.
+        Begin with: epigone run configs/quickstart.py"""
+    ).format(verbs)
+
+
+def parse(kind: type, arguments: Sequence[str], program: str, description: str | None = None) -> Any:
+    """Read arguments into a dataclass; help ends the program, bad arguments are a UserError of one line."""
+    shown = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(shown):
+            return tyro.cli(kind, args=list(arguments), prog=program, description=description)
+    except SystemExit as end:
+        if end.code in (0, None):
+            raise
+        raise UserError(f"{_one_line(shown.getvalue())} (see '{program} --help')") from None
+
+
+def _one_line(box: str) -> str:
+    """What stands in an error box, up to the general advice, on one line."""
+    lines = [line.strip("╭╮╰╯│─ ") for line in box.splitlines()]
+    kept: list[str] = []
+    for line in lines[1:]:
+        if line.startswith(("For full helptext", "Argument helptext")):
+            break
+        kept += [line] if line else []
+    return "; ".join(kept).replace(":;", ":")
+
+
+@contextlib.contextmanager
+def _stopped_by_signal() -> Iterator[None]:
+    """SIGTERM ends the work where it stands; the trainer handles it by itself and saves first."""
+
+    def stop(*_: object) -> None:
+        raise Stopped("stopped by SIGTERM; the same command goes on from here")
+
+    try:
+        before = signal.signal(signal.SIGTERM, stop)
+    except ValueError:  # not in the main thread: whoever runs that one handles its signals
+        yield
+        return
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

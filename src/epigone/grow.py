@@ -1,0 +1,265 @@
+"""Walk a lineage: skip what is done, grow the rest, measure it, write its record."""
+
+import datetime
+import platform
+import resource
+import shutil
+import subprocess
+import time
+from dataclasses import replace
+from functools import cache
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from epigone import evaluate
+from epigone.data.pipeline import Batches, pack
+from epigone.errors import UserError
+from epigone.identity import canonical, fingerprint
+from epigone.lineage import Lineage, Node
+from epigone.materials import Materials, byte_counts, count_tokens, seed_of
+from epigone.models.language_model import MAX_LENGTH, Document
+from epigone.models.ngram import NGram, NGramModel
+from epigone.store import Store, kind
+from epigone.view import View
+
+WRITTEN_MARGIN = 1.25
+"""A node writes so much more than is measured, since the ends of documents are not part of the measured sample."""
+
+
+def grow(
+    lineage: Lineage,
+    run: Path,
+    *,
+    hardware: Any = None,
+    only: str | None = None,
+    data: Path | None = None,
+    view: View,
+) -> list[str]:
+    """Grow every node that is not done, parents first, and return the keys of those that were grown or measured anew.
+
+    Args:
+        lineage: what to grow.
+        run: the run directory; made if absent.
+        hardware: mesh and micro-batches, a config of `epigone.training.loop`; None is one device.
+        only: grow this node alone; its parents must be done. Several processes may grow different nodes at once.
+        data: where prepared corpora lie; by default `data` beside the run directory.
+        view: hears of the progress.
+
+    Raises:
+        UserError: another process is at it, or a parent of `only` is not done.
+    """
+    store = Store(run, lineage, data)
+    target = lineage[only] if only else None
+    grown = []
+    with store.lock(target):
+        if target is None or not (run / "lineage.json").exists():
+            store.write_lineage()
+        materials = Materials(store)
+        for node in pending(store):
+            if target is not None and node.key != target.key:
+                continue
+            _demand_parents(store, node)
+            view.start(node)
+            if store.record(node) is None:
+                _grow_node(node, materials, hardware, view)
+            record = _measured(node, materials, view)
+            store.write_record(node, record)
+            shutil.rmtree(store.directory(node) / "training", ignore_errors=True)
+            view.finish(node, record)
+            grown.append(node.key)
+    return grown
+
+
+def pending(store: Store) -> list[Node]:
+    """Nodes, parents first, that are not grown yet or not measured as the evaluation now asks."""
+    wanted = fingerprint(store.lineage.evaluation)
+    return [node for node in store.lineage.order if (store.record(node) or {}).get("evaluation") != wanted]
+
+
+def _demand_parents(store: Store, node: Node) -> None:
+    for key, role in node.parents:
+        if store.record(store.lineage[key]) is None:
+            raise UserError(f"node '{node.key}' needs '{key}' ({role}), which is not done: grow '{key}' first")
+
+
+def _grow_node(node: Node, materials: Materials, hardware: Any, view: View) -> None:
+    """Learn the lesson; leave the model in the node's directory and what is known of it in `learned.json`."""
+    started = time.monotonic()
+    view.stage("read text")
+    sources = [materials.documents(source, node.tokenizer) for source in node.lesson.text]
+    if isinstance(node.model, NGram):
+        learned = _count(node, sources, materials, view)
+    else:
+        learned = _train(node, sources, materials, hardware, view)
+    store = materials.store
+    learned |= {
+        "key": node.key,
+        "name": node.name,
+        "generation": node.generation,
+        "seed": node.seed,
+        "identity": store.lineage.identities[node.key],
+        "kind": kind(node),
+        "group": node.name,
+        "config": canonical(node),
+        "parents": [
+            {"key": key, "identity": store.lineage.identities[key], "role": role} for key, role in node.parents
+        ],
+        "data": [materials.card(source) for source in node.lesson.text],
+        "seconds": time.monotonic() - started,
+        **_circumstances(),
+    }
+    store.write_record(node, learned)
+
+
+def _count(node: Node, sources: list[list[Document]], materials: Materials, view: View) -> dict[str, Any]:
+    """Fit a model that counts."""
+    if node.lesson.weights or node.lesson.teacher or node.lesson.start_from:
+        raise UserError(f"node '{node.key}' counts words: it takes text alone, no weights, teacher or start_from")
+    view.stage("count")
+    documents = [document for source in sources for document in source]
+    validation = node.lesson.validation
+    held_out = materials.documents(validation, node.tokenizer) if validation else None
+    model = NGramModel.fit(node.model, documents, materials.tokenizer(node.tokenizer).size, held_out)
+    directory = materials.store.directory(node) / "model"
+    directory.mkdir(parents=True, exist_ok=True)
+    model.save(directory / "ngram.safetensors")
+    materials.keep(node, model)
+    return {"parameters": model.parameter_count, "tokens": count_tokens(documents), "scale": model.scale}
+
+
+def _train(
+    node: Node, sources: list[list[Document]], materials: Materials, hardware: Any, view: View
+) -> dict[str, Any]:
+    """Train a model that multiplies matrices. JAX starts here."""
+    from epigone.models.decoder import parameter_count
+    from epigone.sampling.decode import DecoderLanguageModel
+    from epigone.training import checkpoint, loop
+
+    lesson, identity = node.lesson, materials.store.lineage.identities[node.key]
+    config = filled(node, materials)
+    rows = [pack(source, lesson.training.sequence_length) for source in sources]
+    batches = Batches(rows, lesson.weights, lesson.training.batch_size, seed_of(identity, "data"))
+    directory = materials.store.directory(node)
+    view.stage("train", lesson.training.steps)
+    trained = loop.train(
+        config,
+        lesson.training,
+        lesson.objective,
+        batches,
+        seed=seed_of(identity, "train"),
+        identity=identity,
+        teacher=_teacher(node, materials),
+        initial_params=_start(node, materials),
+        hardware=hardware or loop.Hardware(),
+        directory=directory / "training",
+        on_step=view.step,
+    )
+    checkpoint.save_params(directory / "model", trained.params)
+    materials.keep(node, DecoderLanguageModel(config, trained.params))
+    return {
+        "parameters": parameter_count(config),
+        "tokens": trained.tokens,
+        "flops": trained.flops,
+        "curve": trained.curve,
+    }
+
+
+def filled(node: Node, materials: Materials) -> Any:
+    """A decoder's config with the vocabulary size of its tokenizer."""
+    return replace(node.model, vocab_size=node.model.vocab_size or materials.tokenizer(node.tokenizer).size)
+
+
+def _teacher(node: Node, materials: Materials) -> Any:
+    """The node whose scores are learned, checked against the student before any work."""
+    from epigone.teachers import in_memory
+
+    if node.lesson.teacher is None:
+        return None
+    parent = materials.store.lineage[node.lesson.teacher]
+    model, tokenizer = materials.model(parent), materials.tokenizer(parent.tokenizer)
+    if isinstance(parent.model, NGram):
+        return in_memory.NGramTeacher(model, tokenizer.identity)
+    return in_memory.DecoderTeacher(model.config, model.params, tokenizer.identity)
+
+
+def _start(node: Node, materials: Materials) -> Any:
+    """The weights to start from, or None for a fresh start."""
+    if node.lesson.start_from is None:
+        return None
+    parent = materials.store.lineage[node.lesson.start_from]
+    if filled(parent, materials) != filled(node, materials):
+        raise UserError(f"node '{node.key}' starts from '{parent.key}', which has another shape: give both one model")
+    return materials.model(parent).params
+
+
+def _measured(node: Node, materials: Materials, view: View) -> dict[str, Any]:
+    """The record with everything that the lineage's evaluation asks for."""
+    store, evaluation = materials.store, materials.store.lineage.evaluation
+    record = store.record(node) or {}
+    model, tokenizer = materials.model(node), materials.tokenizer(node.tokenizer)
+    view.stage("measure")
+    held_out = materials.documents(evaluation.text, node.tokenizer)
+    contexts = evaluate.evaluation_contexts(held_out, evaluation.contexts, evaluation.seed)
+    whole = evaluation.text.skip == 0 and evaluation.text.tokens is None
+    sizes = byte_counts(materials.strings(evaluation.text)) if whole else None
+    record["metrics"] = evaluate.evaluate_model(model, held_out, sizes, contexts)
+    record["agreement"] = {
+        other.key: evaluate.compare_models(model, materials.model(other), contexts.prefixes)
+        for other in _compared(node, materials)
+    }
+    prompts = [tokenizer.encode(prompt) for prompt in evaluation.prompts]
+    record["predictions"] = evaluate.predictions(model, prompts, tokenizer)
+    if evaluation.write_tokens:
+        view.stage("write")
+        record["metrics"] |= _measure_writing(node, model, materials, record)
+    return record | {"evaluation": fingerprint(evaluation)}
+
+
+def _measure_writing(node: Node, model: Any, materials: Materials, record: dict[str, Any]) -> dict[str, float]:
+    """Measures of a text that the node writes, some of which the record keeps to be read."""
+    evaluation, tokenizer = materials.store.lineage.evaluation, materials.tokenizer(node.tokenizer)
+    written = model.write(round(WRITTEN_MARGIN * evaluation.write_tokens), seed_of(record["identity"], "evaluate"))
+    record["samples"] = [tokenizer.decode(ids) for ids in written[: evaluation.samples]]
+    ancestor = materials.store.lineage.ancestor(node.key)
+    return evaluate.evaluate_text(
+        written,
+        materials.index(evaluation.real, node.tokenizer),
+        evaluation.write_tokens,
+        decode=tokenizer.decode,
+        judge=materials.model(ancestor) if ancestor.tokenizer == node.tokenizer else None,
+        cut_at=MAX_LENGTH,
+    )
+
+
+def _compared(node: Node, materials: Materials) -> list[Node]:
+    """Nodes whose next-token scores a node's are compared with: its teacher, and those that the evaluation names."""
+    store = materials.store
+    wanted = dict.fromkeys(key for key in (node.lesson.teacher, *store.lineage.evaluation.compare) if key)
+    others = [store.lineage[key] for key in wanted if key != node.key]
+    return [o for o in others if o.tokenizer == node.tokenizer and store.record(o) is not None]
+
+
+def _circumstances() -> dict[str, Any]:
+    """Where, when and with what a node was grown."""
+    import jax
+
+    commit = _git_commit()
+    return {
+        **({"git_commit": commit} if commit else {}),
+        "versions": {name: version(name) for name in ("epigone", "jax", "flax", "optax", "numpy")},
+        "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
+        "host": platform.node(),
+        "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "finished": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+    }
+
+
+@cache
+def _git_commit() -> str | None:
+    """The commit of the code that ran, with a mark if it was changed since; None outside a checkout."""
+    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        return subprocess.run(git, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None

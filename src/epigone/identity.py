@@ -1,0 +1,76 @@
+"""The identity of a config: one canonical form, one hash, and the way back from a record to the config."""
+
+import dataclasses
+import functools
+import hashlib
+import importlib
+import json
+from collections.abc import Mapping
+from enum import Enum
+from pathlib import PurePath
+from typing import Any
+
+from epigone.errors import Fault, UserError
+
+
+def canonical(value: Any) -> Any:
+    """A config as plain JSON values: the same for equal configs, in every process and on every machine.
+
+    Dataclasses become objects with their type's name, functions their qualified name, partials their function and
+    arguments. Everything else that is not plain data is refused, since its identity would not be stable.
+    """
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        fields = {f.name: canonical(getattr(value, f.name)) for f in dataclasses.fields(value)}
+        return {"type": f"{type(value).__module__}:{type(value).__qualname__}", **fields}
+    if isinstance(value, functools.partial):
+        return {"partial": canonical(value.func), "args": canonical(value.args), **canonical(value.keywords)}
+    if isinstance(value, Mapping):
+        return {str(key): canonical(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [canonical(item) for item in value]
+    if isinstance(value, Enum):
+        return value.name
+    if isinstance(value, PurePath):
+        return str(value)
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    name = getattr(value, "__qualname__", "<lambda>")
+    if callable(value) and "<" not in name:
+        return f"{value.__module__}:{name}"
+    raise UserError(f"a config cannot hold {value!r}: use plain values, dataclasses, and functions that have a name")
+
+
+def fingerprint(value: Any) -> str:
+    """The first 16 hexadecimal digits of the SHA-256 of the canonical form."""
+    text = json.dumps(canonical(value), sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def restore(value: Any) -> Any:
+    """The config of which `value` is the canonical form. Only Epigone's own types and functions are looked up.
+
+    Raises Fault for a name that is not there, as in a record of another version.
+    """
+    if isinstance(value, dict):
+        fields = {key: restore(item) for key, item in value.items() if key not in ("type", "partial", "args")}
+        if "type" in value:
+            return _named(value["type"])(**fields)
+        if "partial" in value:
+            return functools.partial(_named(value["partial"]), *restore(value["args"]), **fields)
+        return fields
+    if isinstance(value, list):
+        return tuple(restore(item) for item in value)
+    if isinstance(value, str) and value.startswith("epigone.") and ":" in value:
+        return _named(value)
+    return value
+
+
+def _named(reference: str) -> Any:
+    """The object behind `module:qualified.name`, if the module is Epigone's."""
+    module, _, name = reference.partition(":")
+    if module.split(".")[0] != "epigone":
+        raise Fault(f"a record names '{reference}', which is not part of epigone")
+    try:
+        return functools.reduce(getattr, name.split("."), importlib.import_module(module))
+    except (ImportError, AttributeError):
+        raise Fault(f"a record names '{reference}', which this version does not have") from None

@@ -1,0 +1,281 @@
+"""The one idea: a directed acyclic graph of models (nodes) and of what they learned from whom (lessons).
+
+Nothing here knows JAX, a file, or how anything is trained. `model`, `tokenizer`, `objective`, `training` and `corpus`
+are frozen dataclasses of the rooms that can use them.
+"""
+
+import dataclasses
+import graphlib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+from functools import cached_property
+from typing import Any
+
+from epigone.errors import UserError
+from epigone.identity import fingerprint
+
+
+@dataclass(frozen=True)
+class Text:
+    """Real text: whole documents of one split of a corpus, in a fixed shuffled order.
+
+    Attributes:
+        corpus: where the text comes from, a config of `epigone.data.corpora`.
+        split: which part of the corpus: train, validation or test.
+        skip: tokens of the shuffled order to leave out before the first document.
+        tokens: how many tokens to take (the document in which the number is reached is taken whole); None takes all.
+    """
+
+    corpus: Any
+    split: str = "train"
+    skip: int = 0
+    tokens: int | None = None
+
+
+@dataclass(frozen=True)
+class Written:
+    """Text that another node of the lineage writes.
+
+    Attributes:
+        by: key of the node that writes.
+        tokens: how many tokens it writes (whole documents until the number is reached).
+        temperature: divides the logits before sampling.
+        top_k: sample among the k most probable tokens only; 0 is off.
+        top_p: sample in the smallest set that holds this probability; 1 is off.
+        max_length: a document is cut after this many tokens.
+    """
+
+    by: str
+    tokens: int
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    max_length: int = 256
+
+
+@dataclass(frozen=True)
+class TrainedTokenizer:
+    """A tokenizer and the text that it is trained on.
+
+    Attributes:
+        algorithm: a config of `epigone.data.tokenizers`: words, byte-pair encoding or bytes.
+        text: the real text that its vocabulary comes from.
+    """
+
+    algorithm: Any
+    text: Text
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """How a node learns: from which text, from whose scores, towards which objective.
+
+    Attributes:
+        text: sources of text, real or written by other nodes.
+        weights: share of each source in the mixture; None joins the sources in proportion to their size.
+        teacher: key of the node whose scores are learned; None learns from the text alone.
+        start_from: key of the node whose weights are the start; None starts fresh.
+        objective: what is minimised, a config of `epigone.lessons.objective`; None for models that count.
+        training: steps, batch, optimizer, a config of `epigone.training.loop`; None for models that count.
+        validation: held-out text on which a model that counts tunes its count scale; None does not tune.
+    """
+
+    text: tuple[Text | Written, ...]
+    weights: tuple[float, ...] | None = None
+    teacher: str | None = None
+    start_from: str | None = None
+    objective: Any = None
+    training: Any = None
+    validation: Text | None = None
+
+
+@dataclass(frozen=True)
+class Node:
+    """One model of the lineage, at `name@generation`.
+
+    Attributes:
+        name: what the node is called; the nodes of one series share it.
+        generation: how many lessons lie between it and real text.
+        model: the architecture, a config of `epigone.models`.
+        tokenizer: how text becomes tokens.
+        lesson: how it learns.
+        seed: tells apart repetitions of the same recipe.
+        labels: for reports only and no part of the identity: family, regime, role.
+    """
+
+    name: str
+    generation: int
+    model: Any
+    tokenizer: TrainedTokenizer
+    lesson: Lesson
+    seed: int = 0
+    labels: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def key(self) -> str:
+        """`name@generation`, and `.sN` behind it for seeds other than 0."""
+        return f"{self.name}@{self.generation}" + (f".s{self.seed}" if self.seed else "")
+
+    @property
+    def parents(self) -> tuple[tuple[str, str], ...]:
+        """(key, role) of every node that this one needs; the role is teacher, start or text."""
+        lesson = self.lesson
+        roles = [(lesson.teacher, "teacher"), (lesson.start_from, "start")]
+        roles += [(source.by, "text") for source in lesson.text if isinstance(source, Written)]
+        return tuple(dict.fromkeys((key, role) for key, role in roles if key))
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What is measured of every node. No part of a node's identity: a change measures again and trains nothing.
+
+    Attributes:
+        text: held-out text for perplexity, calibration and agreement.
+        real: the real text against which novelty is counted.
+        write_tokens: tokens that every node writes for the measures of diversity.
+        contexts: held-out contexts for calibration and agreement.
+        prompts: contexts whose next-word probabilities the report shows.
+        compare: keys of nodes with which every node of the same tokenizer is compared that is grown after them.
+        samples: how many written documents a record keeps to be read.
+        seed: chooses the contexts and the samples.
+    """
+
+    text: Text
+    real: Text
+    write_tokens: int = 20_000
+    contexts: int = 1_000
+    prompts: tuple[str, ...] = ()
+    compare: tuple[str, ...] = ()
+    samples: int = 8
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Lineage:
+    """A named set of nodes that is closed under parents and has no cycle.
+
+    Attributes:
+        name: names the run directory.
+        nodes: the nodes, in any order.
+        evaluation: what is measured of each.
+        description: one paragraph for the reader of the report.
+    """
+
+    name: str
+    nodes: tuple[Node, ...]
+    evaluation: Evaluation
+    description: str = ""
+
+    def __post_init__(self) -> None:
+        _ = self.order
+
+    @cached_property
+    def by_key(self) -> dict[str, Node]:
+        """The nodes by their key."""
+        nodes = {node.key: node for node in self.nodes}
+        if len(nodes) < len(self.nodes):
+            keys = [node.key for node in self.nodes]
+            double = next(key for key in keys if keys.count(key) > 1)
+            raise UserError(f"lineage '{self.name}' has two nodes '{double}': give one another name or seed")
+        return nodes
+
+    def __getitem__(self, key: str) -> Node:
+        if key not in self.by_key:
+            raise UserError(f"no node '{key}' in lineage '{self.name}'{did_you_mean(key, self.by_key)}")
+        return self.by_key[key]
+
+    @cached_property
+    def order(self) -> tuple[Node, ...]:
+        """Every node after its parents; ties in the order in which they were given."""
+        graph = {key: [parent for parent, _ in node.parents] for key, node in self.by_key.items()}
+        for key, parents in graph.items():
+            for parent in parents:
+                if parent not in graph:
+                    near = did_you_mean(parent, graph)
+                    raise UserError(f"node '{key}' learns from '{parent}', which is not in the lineage{near}")
+        try:
+            return tuple(self.by_key[key] for key in graphlib.TopologicalSorter(graph).static_order())
+        except graphlib.CycleError as error:
+            path = " -> ".join(reversed(error.args[1]))
+            raise UserError(f"lineage '{self.name}' has a cycle: {path}; no node may be its own ancestor") from None
+
+    @cached_property
+    def identities(self) -> dict[str, str]:
+        """Identity of each node: a hash of its own config and of its parents' identities (16 hex digits)."""
+        found: dict[str, str] = {}
+        for node in self.order:
+            parents = [(found[key], role) for key, role in node.parents]
+            found[node.key] = fingerprint((dataclasses.replace(node, labels={}), parents))
+        return found
+
+    def ancestor(self, key: str) -> Node:
+        """The generation from which a node descends: its first parents, followed up to one that has none."""
+        node = self[key]
+        while node.parents:
+            node = self[node.parents[0][0]]
+        return node
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """The end of an error message: the nearest known word, or all of them when none is near and they are few."""
+    known = list(known)
+    near = get_close_matches(word, known, n=1, cutoff=0.5)
+    if near:
+        return f"; did you mean '{near[0]}'?"
+    return f"; known: {', '.join(known)}" if 0 < len(known) <= 12 else ""
+
+
+# Lineages in one line each.
+
+
+def repeat(node: Node, seeds: int) -> tuple[Node, ...]:
+    """The same recipe with seeds 0 to seeds - 1: the spread of a result."""
+    return tuple(dataclasses.replace(node, seed=seed) for seed in range(seeds))
+
+
+def fan_out(teacher: Node, students: Iterable[Node]) -> tuple[Node, ...]:
+    """Every student learns from the scores of one teacher, one generation after it."""
+    return tuple(
+        dataclasses.replace(
+            student,
+            generation=teacher.generation + 1,
+            lesson=dataclasses.replace(student.lesson, teacher=teacher.key),
+        )
+        for student in students
+    )
+
+
+def population(student: Node, teachers: Sequence[Node], members: int) -> tuple[Node, ...]:
+    """`members` students, dealt to the teachers in turn (member i to teacher i mod k), each with a seed of its own."""
+    return tuple(
+        fan_out(teachers[member % len(teachers)], [dataclasses.replace(student, seed=member)])[0]
+        for member in range(members)
+    )
+
+
+def chain(root: Node, generations: int, regime: Any, *, name: str, writing: Written | None = None) -> tuple[Node, ...]:
+    """Generations after `root`, each taught by text as `regime` mixes it; returned without the root.
+
+    `regime` is a function of `epigone.regimes`: (real text, [text written by generation 0, 1, ...]) -> sources of the
+    next. `writing` says how the text is sampled (its `by` is replaced, and its `tokens` when 0): by default as many
+    tokens as the root's real text, at temperature 1. Seeds, model and training are the root's.
+    """
+    real = root.lesson.text[0]
+    if not isinstance(real, Text):
+        raise UserError(f"a chain starts at a node that learned real text, and '{root.key}' learned from another node")
+    writing = writing or Written(by="", tokens=0)
+    if not (writing.tokens or real.tokens):
+        raise UserError(f"say how many tokens each generation writes: '{root.key}' takes its whole corpus")
+    nodes = [root]
+    for generation in range(1, generations + 1):
+        written = [dataclasses.replace(writing, by=n.key, tokens=writing.tokens or real.tokens or 0) for n in nodes]
+        lesson = dataclasses.replace(root.lesson, text=regime(real, written))
+        labels = {**root.labels, "regime": regime_name(regime)}
+        nodes.append(dataclasses.replace(root, name=name, generation=generation, lesson=lesson, labels=labels))
+    return tuple(nodes[1:])
+
+
+def regime_name(regime: Any) -> str:
+    """A regime's name in plain words, also when it is a partial: `fresh_share` -> 'fresh share'."""
+    return getattr(regime, "func", regime).__name__.replace("_", " ")

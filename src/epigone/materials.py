@@ -1,0 +1,144 @@
+"""From configs to things: tokenizers, documents and models of a run, each made once and remembered."""
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from epigone.data import corpora
+from epigone.data.tokenizers import Tokenizer
+from epigone.errors import UserError
+from epigone.evaluate import NGramIndex
+from epigone.identity import canonical, fingerprint
+from epigone.lineage import Node, Text, TrainedTokenizer, Written
+from epigone.models.language_model import Document, LanguageModel
+from epigone.models.ngram import NGram, NGramModel
+from epigone.store import Store
+
+KEPT_MODELS = 4
+"""Models that stay in memory: a teacher, a judge, the writer of the text and the node itself."""
+
+
+class Materials:
+    """What growing needs, looked up by config. Everything is on disk or made again the same from what is on disk."""
+
+    def __init__(self, store: Store) -> None:
+        self.store = store
+        self._encoded: dict[tuple[str, str], list[Document]] = {}
+        self._indices: dict[str, NGramIndex] = {}
+        self._tokenizers: dict[str, Tokenizer] = {}
+        self._models: OrderedDict[str, LanguageModel] = OrderedDict()
+
+    def strings(self, text: Text) -> corpora.Documents:
+        """The documents of a corpus' split, prepared on first use."""
+        splits = text.corpus.prepare(self.store.data)
+        if text.split not in splits:
+            raise UserError(f"corpus {text.corpus} has no split '{text.split}'; it has {', '.join(splits)}")
+        return splits[text.split]
+
+    def tokenizer(self, config: TrainedTokenizer) -> Tokenizer:
+        """A tokenizer, trained on first use and stored with the run."""
+        name = fingerprint(config)
+        if name not in self._tokenizers:
+            path = self.store.tokenizer(config)
+            if not path.exists():
+                trained = config.algorithm.build(list(self.strings(config.text)))
+                path.parent.mkdir(parents=True, exist_ok=True)
+                trained.save(path)
+            self._tokenizers[name] = Tokenizer.load(path)
+        return self._tokenizers[name]
+
+    def documents(self, source: Text | Written, config: TrainedTokenizer) -> list[Document]:
+        """The token documents of a source, real or written by a node that is done."""
+        tokenizer = self.tokenizer(config)
+        if isinstance(source, Written):
+            return self._written(source, tokenizer)
+        whole = fingerprint(replace(source, skip=0, tokens=None))
+        if (whole, tokenizer.identity) not in self._encoded:
+            encoded = tokenizer.encode_batch(list(self.strings(source)))
+            self._encoded[whole, tokenizer.identity] = encoded
+        documents = self._encoded[whole, tokenizer.identity]
+        if source.skip == 0 and source.tokens is None:
+            return documents
+        return corpora.slice_documents(documents, source.skip, source.tokens)
+
+    def index(self, text: Text, config: TrainedTokenizer) -> NGramIndex:
+        """The n-grams of a real text, against which novelty is counted."""
+        name = fingerprint([text, config])
+        if name not in self._indices:
+            self._indices[name] = NGramIndex.build(self.documents(text, config), self.tokenizer(config).size)
+        return self._indices[name]
+
+    def card(self, source: Text | Written) -> dict[str, Any]:
+        """Where a source comes from, for the record of the node that learns it."""
+        if isinstance(source, Written):
+            return dict(corpora.read_text(self.store.written(source)).card)
+        card = dict(self.strings(source).card)
+        return {**card, "skip": source.skip, **({} if source.tokens is None else {"tokens": source.tokens})}
+
+    def _written(self, source: Written, tokenizer: Tokenizer) -> list[Document]:
+        directory = self.store.written(source)
+        if not directory.exists():
+            self._write(source, directory)
+        text = corpora.read_text(directory)
+        if text.card["tokenizer"] == tokenizer.identity:
+            return text.tokens()
+        return tokenizer.encode_batch(list(text))
+
+    def _write(self, source: Written, directory: Path) -> None:
+        writer = self.store.lineage[source.by]
+        identity = self.store.lineage.identities[source.by]
+        tokenizer = self.tokenizer(writer.tokenizer)
+        sampling = {name: value for name, value in vars(source).items() if name not in ("by", "tokens")}
+        documents = self.model(writer).write(source.tokens, seed_of(identity, "write"), **sampling)
+        card = {
+            "name": f"text of {source.by}",
+            "parents": [{"key": source.by, "identity": identity}],
+            "sampling": canonical(sampling),
+            "tokenizer": tokenizer.identity,
+        }
+        corpora.write_text(directory, [tokenizer.decode(ids) for ids in documents], card, tokens=documents)
+
+    def model(self, node: Node) -> LanguageModel:
+        """A node that is done, ready to be asked."""
+        key = self.store.lineage.identities[node.key]
+        if key not in self._models:
+            directory = self.store.directory(node) / "model"
+            self.keep(node, load_model(node.model, directory, self.tokenizer(node.tokenizer).size))
+        self._models.move_to_end(key)
+        return self._models[key]
+
+    def keep(self, node: Node, model: LanguageModel) -> None:
+        """Remember a model, and forget the one that was not used for longest."""
+        self._models[self.store.lineage.identities[node.key]] = model
+        while len(self._models) > KEPT_MODELS:
+            self._models.popitem(last=False)
+
+
+def load_model(config: Any, directory: Path, vocab_size: int) -> LanguageModel:
+    """A finished model from its directory: counts or weights. JAX is imported only for weights."""
+    if isinstance(config, NGram):
+        return NGramModel.load(directory / "ngram.safetensors")
+    from epigone.sampling.decode import DecoderLanguageModel
+    from epigone.training import checkpoint
+
+    filled = replace(config, vocab_size=config.vocab_size or vocab_size)
+    return DecoderLanguageModel(filled, checkpoint.load_params(directory, filled))
+
+
+def seed_of(identity: str, purpose: str) -> int:
+    """A 31-bit seed for one purpose of one node."""
+    return int(fingerprint([identity, purpose]), 16) % 2**31
+
+
+def count_tokens(documents: Sequence[Document]) -> int:
+    """Events of a text: its tokens and one end a document."""
+    return int(sum(len(document) + 1 for document in documents))
+
+
+def byte_counts(documents: Sequence[str]) -> np.ndarray:
+    """UTF-8 bytes of each document."""
+    return np.array([len(document.encode()) for document in documents])

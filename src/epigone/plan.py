@@ -1,0 +1,82 @@
+"""What growing a lineage will take, said before it is done."""
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+from epigone.lineage import Lineage, Node, TrainedTokenizer
+from epigone.materials import Materials
+from epigone.models.ngram import NGram
+from epigone.store import Store, kind
+
+COUNTING_BYTES_PER_TOKEN = 400
+"""Measured high-water mark of fitting a trigram: three orders of sorted 64-bit keys and their counts."""
+
+
+@dataclass(frozen=True)
+class PlannedNode:
+    """One row of the plan. What cannot be known before is None.
+
+    Attributes:
+        key: the node.
+        kind: what sort of model it is.
+        done: whether its record exists.
+        parents: keys of its parents.
+        parameters: weights of the model.
+        tokens: tokens that it learns from, counted once a pass (an upper bound: packing leaves some padding).
+        flops: floating-point operations of training, those of the teacher's scores included.
+        memory: estimated bytes while it is grown.
+    """
+
+    key: str
+    kind: str
+    done: bool
+    parents: tuple[str, ...]
+    parameters: int | None = None
+    tokens: int | None = None
+    flops: int | None = None
+    memory: int | None = None
+
+
+def plan(lineage: Lineage, store: Store) -> list[PlannedNode]:
+    """The nodes in the order in which they are grown, with what each will take.
+
+    Trains no model. A tokenizer whose config states no size is trained, since parameters depend on it.
+    """
+    materials = Materials(store)
+    return [_plan_node(node, lineage, store, materials) for node in lineage.order]
+
+
+def _plan_node(node: Node, lineage: Lineage, store: Store, materials: Materials) -> PlannedNode:
+    row = PlannedNode(node.key, kind(node), store.record(node) is not None, tuple(key for key, _ in node.parents))
+    if isinstance(node.model, NGram):
+        sizes = [source.tokens for source in node.lesson.text]
+        tokens = None if None in sizes else sum(size or 0 for size in sizes)
+        return replace(row, tokens=tokens, memory=tokens and tokens * COUNTING_BYTES_PER_TOKEN)
+    return _plan_decoder(row, node, lineage, materials)
+
+
+def _plan_decoder(row: PlannedNode, node: Node, lineage: Lineage, materials: Materials) -> PlannedNode:
+    """Training takes 16 bytes a weight (weight, gradient, two moments), 4 a weight of the teacher, and the logits."""
+    from epigone.models.decoder import flops_per_token, parameter_count
+
+    training, config = node.lesson.training, sized(node, materials)
+    length = training.sequence_length
+    tokens = training.steps * training.batch_size * length
+    per_token, memory = flops_per_token(config, length, training=True), 16 * parameter_count(config)
+    logits = 4 * training.batch_size * length * config.vocab_size
+    memory += 3 * logits
+    teacher = lineage[node.lesson.teacher] if node.lesson.teacher else None
+    if teacher is not None and not isinstance(teacher.model, NGram):
+        teaching = sized(teacher, materials)
+        per_token += flops_per_token(teaching, length, training=False)
+        memory += 4 * parameter_count(teaching) + logits
+    return replace(row, parameters=parameter_count(config), tokens=tokens, flops=tokens * per_token, memory=memory)
+
+
+def sized(node: Node, materials: Materials) -> Any:
+    """A decoder's config with its vocabulary's size: its own, its tokenizer's config's, or its tokenizer's."""
+    return replace(node.model, vocab_size=node.model.vocab_size or _vocab_size(node.tokenizer, materials))
+
+
+def _vocab_size(config: TrainedTokenizer, materials: Materials) -> int:
+    return getattr(config.algorithm, "vocab_size", None) or materials.tokenizer(config).size

@@ -1,0 +1,197 @@
+"""`epigone run CONFIG`: a config file, its options and its fields; the plan; the growing; the report."""
+
+import contextlib
+import dataclasses
+import importlib.util
+import inspect
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Annotated, Any
+
+import docstring_parser
+import tyro
+from rich.console import Console
+from rich.table import Table
+
+from epigone.cli import parse
+from epigone.errors import Fault, Stopped, UserError
+from epigone.lineage import Lineage
+from epigone.overrides import documented_fields, kinds_of_node, override
+
+
+@dataclass(frozen=True)
+class Run:
+    """Grow the lineage of a config: train, distil, self-train for generations.
+
+    Attributes:
+        config: a Python file with a function `lineage` that returns the Lineage.
+        run: the run directory; by default runs/NAME below the current one.
+        data: where prepared corpora lie; by default `data` beside the run directory.
+        node: grow this node alone; its parents must be done.
+        dry_run: print the plan and grow nothing.
+        set: change a field of some nodes, as in student.lesson.training.steps=200; give it again for more.
+    """
+
+    config: tyro.conf.Positional[Path]
+    run: Path | None = None
+    data: Path | None = None
+    node: str | None = None
+    dry_run: bool = False
+    set: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+
+
+def run(arguments: Sequence[str]) -> None:
+    """Read the arguments, which depend on the config, and do what they ask."""
+    if not arguments or arguments[0].startswith("-"):
+        parse(Run, arguments, "epigone run")
+        raise UserError("say which config first, as in: epigone run configs/quickstart.py")
+    function = load_config(Path(arguments[0]))
+    kind = _with_options(function)
+    if {"-h", "--help"} & set(arguments):
+        _print_help(kind, function, arguments[0])
+        return
+    given = parse(kind, arguments, f"epigone run {arguments[0]}")
+    options = {name: getattr(given, name) for name in inspect.signature(function).parameters}
+    lineage = override(_called(function, options), given.set)
+    directory = given.run or Path("runs") / lineage.name
+    if given.dry_run:
+        show_plan(lineage, directory, given.data)
+    else:
+        grow_and_report(lineage, directory, given)
+
+
+def load_config(path: Path) -> Callable[..., Lineage]:
+    """The function `lineage` of a config file. Raises UserError for a file that is not one."""
+    if not path.is_file():
+        near = get_close_matches(str(path), [str(p) for p in Path("configs").glob("**/*.py")], n=1, cutoff=0.3)
+        raise UserError(f"no config '{path}'" + (f"; did you mean '{near[0]}'?" if near else ""))
+    spec = importlib.util.spec_from_file_location(f"epigone_config_{path.stem}", path)
+    if spec is None or spec.loader is None:
+        raise UserError(f"config '{path}' is no Python file (.py)")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    _guarded(path, lambda: spec.loader.exec_module(module))  # type: ignore[union-attr]
+    if not callable(getattr(module, "lineage", None)):
+        raise UserError(f"config '{path}' has no function 'lineage' that returns a Lineage")
+    return module.lineage
+
+
+def _called(function: Callable[..., Lineage], options: dict[str, Any]) -> Lineage:
+    path = Path(inspect.getsourcefile(function) or "config")
+    lineage = _guarded(path, lambda: function(**options))
+    if not isinstance(lineage, Lineage):
+        raise UserError(f"'lineage' of '{path}' returned {type(lineage).__name__}, not a Lineage")
+    return lineage
+
+
+def _guarded(path: Path, action: Callable[[], Any]) -> Any:
+    """A config is the user's own code: what it raises is told with its line, as bad input."""
+    try:
+        return action()
+    except (UserError, Fault, Stopped):
+        raise
+    except SyntaxError as error:
+        raise UserError(f"config '{path}', line {error.lineno}: {error.msg}") from None
+    except Exception as error:
+        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
+        where = f", line {lines[-1]}" if lines else ""
+        raise UserError(f"config '{path}'{where}: {type(error).__name__}: {error}") from None
+
+
+def _with_options(function: Callable[..., Lineage]) -> type:
+    """`Run` with one more argument for each parameter of the config's function, and for the hardware."""
+    from epigone.training.loop import Hardware
+
+    texts = {p.arg_name: p.description or "" for p in docstring_parser.parse(function.__doc__ or "").params}
+    extra: list[Any] = [("hardware", Hardware, field(default_factory=Hardware))]
+    for name, parameter in inspect.signature(function).parameters.items():
+        if parameter.default is inspect.Parameter.empty:
+            raise UserError(f"parameter '{name}' of the config's function needs a default value")
+        if name in {f.name for f in dataclasses.fields(Run)} | {"hardware"}:
+            raise UserError(f"parameter '{name}' of the config's function is an argument of 'epigone run': rename it")
+        annotation = parameter.annotation if parameter.annotation is not parameter.empty else type(parameter.default)
+        extra.append(
+            (name, Annotated[annotation, tyro.conf.arg(help=texts.get(name, ""))], field(default=parameter.default))
+        )
+    kind = dataclasses.make_dataclass("Run", extra, bases=(Run,), frozen=True)
+    kind.__doc__ = Run.__doc__
+    return kind
+
+
+def _print_help(kind: type, function: Callable[..., Lineage], config: str) -> None:
+    """The arguments, then every field that `--set` can change, with its present value and meaning."""
+    lineage = _called(function, {})
+    with contextlib.suppress(SystemExit):
+        parse(kind, ["--help"], f"epigone run {config}", description=(function.__doc__ or "").partition("\n\n")[0])
+    console = Console()
+    console.print("\nfields for --set, as NODE.FIELD=VALUE (a pattern such as 'self-*' takes several nodes):\n")
+    for name, value in [*kinds_of_node(lineage).items(), ("evaluation", lineage.evaluation)]:
+        table = Table(title=name, title_justify="left", box=None, padding=(0, 2, 0, 0), show_header=False)
+        for path, present, text in documented_fields(value):
+            table.add_row(path, f"[dim]{_shown(present)}[/]", text)
+        console.print(table)
+
+
+def _shown(value: Any) -> str:
+    return getattr(value, "__name__", None) or str(value)
+
+
+def show_plan(lineage: Lineage, directory: Path, data: Path | None) -> None:
+    """Print what growing will take, and what is done already."""
+    from epigone.plan import plan
+    from epigone.store import Store
+
+    rows = plan(lineage, Store(directory, lineage, data))
+    table = Table("node", "kind", "learns from", "parameters", "tokens", "FLOPs", "memory", "", title=lineage.name)
+    for row in rows:
+        state = "[green]done[/]" if row.done else ""
+        numbers = [_amount(row.parameters), _amount(row.tokens), _amount(row.flops), _amount(row.memory, "B")]
+        table.add_row(row.key, row.kind, _few(row.parents), *numbers, state)
+    console = Console()
+    console.print(table)
+    left = [row for row in rows if not row.done]
+    flops, memory = sum(row.flops or 0 for row in left), max((row.memory or 0 for row in left), default=0)
+    console.print(
+        f"{len(rows)} nodes, {len(rows) - len(left)} done; to do: {_amount(flops)} FLOPs, at most {_amount(memory, 'B')} at once"
+    )
+
+
+def _few(keys: Sequence[str]) -> str:
+    return ", ".join(keys) if len(keys) <= 2 else f"{keys[0]}, ... {keys[-1]} ({len(keys)})"
+
+
+def _amount(value: float | None, unit: str = "") -> str:
+    """A number with three digits and a metric prefix; '?' for what is not known before."""
+    if value is None:
+        return "?"
+    for prefix in ("", "k", "M", "G", "T", "P"):
+        if abs(value) < 1000:
+            return f"{value:.3g} {prefix}{unit}".strip()
+        value /= 1000
+    return f"{value:.3g} E{unit}"
+
+
+def grow_and_report(lineage: Lineage, directory: Path, given: Any) -> None:
+    """Grow what is not done, write the report, say where it is."""
+    from epigone.grow import grow, pending
+    from epigone.plan import plan
+    from epigone.report import write_report
+    from epigone.store import Store
+    from epigone.view import COUNTING_WORK, Terminal
+
+    store = Store(directory, lineage, given.data)
+    waiting = {node.key for node in pending(store) if given.node in (None, node.key)}
+    work = {
+        r.key: float(r.flops or COUNTING_WORK) for r in (plan(lineage, store) if waiting else []) if r.key in waiting
+    }
+    with Terminal(lineage.name, work) as view:
+        grown = grow(lineage, directory, hardware=given.hardware, only=given.node, data=given.data, view=view)
+    if not grown:
+        print(f"{lineage.name}: all of {given.node or f'{len(lineage.nodes)} nodes'} is done, nothing to grow")
+    if given.node is None:
+        page = directory / "report.html"
+        print(f"report: {write_report(directory) if grown or not page.exists() else page}")

@@ -1,0 +1,149 @@
+"""A run directory: where nodes, their texts and their records lie, and who may write there."""
+
+import contextlib
+import fcntl
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, TextIO
+
+from epigone.errors import Fault, UserError
+from epigone.identity import canonical, fingerprint
+from epigone.lineage import Lineage, Node, TrainedTokenizer, Written, did_you_mean
+
+
+class Store:
+    """Paths and records of one run. A node's directory carries its identity, so a changed config never meets old files.
+
+    RUN/lineage.json, RUN/tokenizers/<identity>.json and, in RUN/nodes/<key>-<identity>/: record.json, model/, text/.
+    """
+
+    def __init__(self, run: Path, lineage: Lineage, data: Path | None = None) -> None:
+        self.run, self.lineage = run, lineage
+        self.data = data or run.parent / "data"
+
+    def directory(self, node: Node) -> Path:
+        """Where a node lives."""
+        return self.run / "nodes" / f"{node.key}-{self.lineage.identities[node.key][:8]}"
+
+    def written(self, source: Written) -> Path:
+        """Where the text that a node writes for one kind of sampling lies."""
+        return self.directory(self.lineage[source.by]) / "text" / fingerprint(source)[:8]
+
+    def tokenizer(self, config: TrainedTokenizer) -> Path:
+        """Where a trained tokenizer lies."""
+        return self.run / "tokenizers" / f"{fingerprint(config)}.json"
+
+    def record(self, node: Node) -> dict[str, Any] | None:
+        """The record of a node that is done; None before."""
+        path = self.directory(node) / "record.json"
+        if not path.exists():
+            return None
+        try:
+            record = json.loads(path.read_text())
+        except ValueError:
+            raise Fault(f"record {path} is damaged: delete its directory to grow node '{node.key}' again") from None
+        if record.get("identity") != self.lineage.identities[node.key]:
+            raise Fault(f"record {path} is not of this lineage: delete its directory to grow node '{node.key}' again")
+        return record
+
+    def write_record(self, node: Node, record: dict[str, Any]) -> None:
+        """Make a node done: the record appears whole or not at all."""
+        write_json(self.directory(node) / "record.json", record)
+
+    def write_lineage(self) -> None:
+        """Describe the whole lineage, grown or not, for the report and for people."""
+        lineage = self.lineage
+        nodes = [
+            {
+                "key": node.key,
+                "name": node.name,
+                "generation": node.generation,
+                "seed": node.seed,
+                "identity": lineage.identities[node.key],
+                "kind": kind(node),
+                "parents": [{"key": key, "role": role} for key, role in node.parents],
+                "labels": dict(node.labels),
+            }
+            for node in lineage.order
+        ]
+        write_json(
+            self.run / "lineage.json",
+            {
+                "name": lineage.name,
+                "description": lineage.description,
+                "nodes": nodes,
+                "evaluation": canonical(lineage.evaluation),
+            },
+        )
+
+    @contextlib.contextmanager
+    def lock(self, node: Node | None = None) -> Iterator[None]:
+        """Keep others out while this process writes: the whole run, or one node of it beside processes at others."""
+        with contextlib.ExitStack() as stack:
+            mode = fcntl.LOCK_EX if node is None else fcntl.LOCK_SH
+            stack.enter_context(_locked(self.run / "lock", mode))
+            if node is not None:
+                stack.enter_context(_locked(self.directory(node) / "lock", fcntl.LOCK_EX))
+            yield
+
+
+def kind(node: Node) -> str:
+    """What sort of model a node is: the name of its architecture's config, in lower case."""
+    return type(node.model).__name__.removesuffix("Config").lower()
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON so that a reader, or a run killed at any moment, sees the old file or the new one, never a part."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(f".{os.getpid()}.tmp")
+    try:
+        with temporary.open("w") as file:
+            json.dump(_finite(value), file, indent=1, allow_nan=False)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no infinity: such numbers become the strings "inf", "-inf" and "nan"."""
+    if isinstance(value, float) and (value != value or value in (float("inf"), float("-inf"))):
+        return str(value)
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return value.item() if hasattr(value, "item") else value
+
+
+@contextlib.contextmanager
+def _locked(path: Path, mode: int) -> Iterator[TextIO]:
+    """Hold an advisory lock on a file, which the system takes back when the process ends, however it ends."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a+") as file:
+        try:
+            fcntl.flock(file, mode | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            owner = file.read().strip() or "unknown"
+            raise UserError(f"{path.parent} is being grown by process {owner}: wait for it, or stop it") from None
+        if mode == fcntl.LOCK_EX:
+            file.truncate(0)
+            file.write(str(os.getpid()))
+            file.flush()
+        yield file
+
+
+def open_run(run: Path) -> dict[str, Any]:
+    """The description of a grown lineage, as `write_lineage` left it."""
+    path = run / "lineage.json"
+    if not path.exists():
+        others = [p.parent.name for p in run.parent.glob("*/lineage.json")]
+        raise UserError(f"no run in {run}{did_you_mean(run.name, others)}; grow one with 'epigone run CONFIG'")
+    try:
+        return json.loads(path.read_text())
+    except ValueError:
+        raise Fault(f"{path} is damaged: run 'epigone run' on the same config to write it again") from None
