@@ -23,7 +23,7 @@ class TopPredictions:
 
 @dataclass(frozen=True)
 class Bin:
-    """One row of a reliability table: places whose confidence lies in (low, high]; means over its `count` places."""
+    """One row of a reliability table: places whose confidence lies in (low, high], the lowest also at low."""
 
     low: float
     high: float

@@ -15,12 +15,16 @@ from epigone.models.language_model import Document
 
 
 def first_tokens(documents: Sequence[Document], tokens: int) -> list[Document]:
-    """The first `tokens` tokens, ends not counted; the last document is cut. Fewer where the text is shorter."""
+    """The first `tokens` tokens, ends not counted: the last document is cut, empty ones are left out.
+
+    Fewer where the text is shorter.
+    """
     taken: list[Document] = []
     for document in documents:
         if tokens <= 0:
             break
-        taken.append(document[:tokens])
+        if len(document):
+            taken.append(document[:tokens])
         tokens -= len(document)
     return taken
 
