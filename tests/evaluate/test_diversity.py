@@ -171,23 +171,6 @@ def test_gzip_compresses_once():
     assert d.gzip_ratio(noise) < 2 < d.gzip_ratio(words)
 
 
-def test_large_vocabularies_do_not_collide():
-    # Base-V keys of 4-grams would need V^4 = 2^72 here.
-    size = 2**18
-    real = text([0, 0, 0, 1], [size - 1, size - 2, size - 3, size - 4])
-    index = NGramIndex.build(real, size)
-    assert d.seen(real, index, 4) == 1
-    assert d.seen(text([1, 0, 0, 0], [size - 1, size - 2, size - 3, 0], [0, 0, 1, 1]), index, 4) == 0
-
-
-def test_foreign_tokens_are_new_and_never_alias():
-    index = NGramIndex.build(text([0, 1, 2]), 3)
-    # 0 * 3 + 5 is the key of "1 2".
-    assert index.ranks(text([0, 5]), 2).tolist() == [-1]
-    with pytest.raises(ValueError, match=r"outside 0\.\.2"):
-        NGramIndex.build(text([3]), 3)
-
-
 def test_the_judge_scores_the_text(bigram):
     model, stranger = bigram.drawn(30, 0), bigram.drawn(30, 1)
     written = model.write(3000, 2, max_length=8)

@@ -70,7 +70,7 @@ def reliability_table(top: TopPredictions, bins: int = 15, *, adaptive: bool = F
 def expected_calibration_error(top: TopPredictions, bins: int = 15, *, adaptive: bool = False) -> float:
     """ECE = sum_b (n_b / M) |accuracy_b - confidence_b|, a share in [0, 1] (some print per cent).
 
-    Guo et al., On Calibration of Modern Neural Networks (2017), eq. 3; adaptive bins: Nixon et al., Measuring
+    Guo et al., On Calibration of Modern Neural Networks (2017), section 2; adaptive bins: Nixon et al., Measuring
     Calibration in Deep Learning (2019). A perfectly calibrated model measures above 0 too: the sampling noise of its
     bins, about sum_b sqrt(2 n_b a_b (1 - a_b) / pi) / M.
     """

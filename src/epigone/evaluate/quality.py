@@ -90,7 +90,7 @@ def nats_per_token_error(text: Likelihood) -> float:
     """Standard error of the nats per token over documents as the independent units.
 
     The estimate is a ratio of sums, R = sum y_i / sum n_i, so its error is that of the linearised ratio:
-    sqrt(m/(m-1) sum (y_i - R n_i)^2) / sum n_i over m documents (Cochran, Sampling Techniques, 1977, section 6.4).
+    sqrt(m/(m-1) sum (y_i - R n_i)^2) / sum n_i over m documents (Cochran, Sampling Techniques, 1977, chapter 6).
     Tokens within a document are not independent; the naive error over tokens would be too small.
     nan for fewer than two documents or an infinite estimate. The error of the perplexity is perplexity * this.
     """
