@@ -1,0 +1,82 @@
+"""The report of a run: one page that opens from disk, the same numbers as JSON and CSV, and the plots as PNG files."""
+
+import os
+from pathlib import Path
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+
+from epigone.report import sections
+from epigone.report.graph import lineage_svg, reads_real_text
+from epigone.report.plots import draw_all
+from epigone.report.records import Run, load_run
+from epigone.report.summaries import Comparison, Series, comparisons, generation_series
+from epigone.report.tables import results_csv, results_json
+
+HERE = Path(__file__).parent
+
+
+def write_report(run: Path) -> Path:
+    """Write RUN/report.html, results.json, results.csv and plots/*.png from RUN's lineage and records.
+
+    Nodes without a record are shown as pending; records of no node in the lineage are ignored.
+
+    Args:
+        run: the directory of a run, with lineage.json and nodes/*/record.json.
+
+    Returns:
+        The path of report.html, which needs no other file.
+
+    Raises:
+        UserError: the directory holds no lineage.
+        Fault: the lineage or a record is damaged.
+    """
+    loaded = load_run(run)
+    series, compared = generation_series(loaded), comparisons(loaded)
+    figures = draw_all(loaded, series, compared, run / "plots")
+    _replace(run / "results.json", results_json(loaded, series, compared))
+    _replace(run / "results.csv", results_csv(loaded))
+    page = run / "report.html"
+    _replace(page, render(loaded, series, compared, figures))
+    return page
+
+
+def render(run: Run, series: list[Series], compared: list[Comparison], figures: dict[str, str]) -> str:
+    """The page as HTML; every text in it is escaped, the drawings are not (they escape their own labels)."""
+    environment = Environment(
+        autoescape=True,
+        loader=FileSystemLoader(HERE),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    return environment.get_template("page.html").render(
+        run=run,
+        style=Markup((HERE / "page.css").read_text(encoding="utf-8")),
+        script=Markup((HERE / "page.js").read_text(encoding="utf-8")),
+        figures={name: Markup(svg) for name, svg in figures.items()},
+        diversity=[Markup(svg) for name, svg in figures.items() if name.startswith("diversity")],
+        lineage=Markup(lineage_svg(run)),
+        has_real_text=any(reads_real_text(node) for node in run.grown),
+        headlines=sections.headlines(run, series, compared),
+        facts=sections.facts(run),
+        bands=sections.bands(series),
+        not_drawn=sections.not_drawn(series),
+        comparisons=[(one, sections.verdict(one), sections.compared_table(run, one)) for one in compared],
+        samples=sections.samples(series),
+        loose_samples=sections.loose_samples(run, series),
+        predictions=sections.predictions(run, compared),
+        columns=sections.node_columns(run),
+        rows=[(node, sections.node_cells(run, node)) for node in run.nodes],
+        cards=sections.cards(run),
+    )
+
+
+def _replace(path: Path, text: str) -> None:
+    """Write a file whole or not at all: a reader never sees half a page."""
+    temporary = path.with_suffix(f".{os.getpid()}.tmp")
+    try:
+        temporary.write_text(text, encoding="utf-8", errors="replace")
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)

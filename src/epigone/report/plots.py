@@ -1,0 +1,198 @@
+"""The figures of a report. Each takes a run and returns {name: SVG}, empty where there is nothing to draw."""
+
+import math
+from pathlib import Path
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from epigone.report.formats import real
+from epigone.report.records import Node, Run, finite
+from epigone.report.style import INK, MUTED, colour, fit_scale, grid, house_style, marker, save, whole_numbers
+from epigone.report.summaries import Comparison, Series, Spread
+
+# Metrics of coherence and diversity in the order in which they are drawn; others are in the table only.
+DIVERSITY = {
+    "distinct_1": "distinct-1: different words / words",
+    "distinct_2": "distinct-2: different pairs / pairs",
+    "distinct_3": "distinct-3: different triples / triples",
+    "vocabulary": "vocabulary left: different words",
+    "seen_2": "seen pairs (1 - novelty)",
+    "seen_3": "seen triples (1 - novelty)",
+    "seen_4": "seen 4-grams (1 - novelty)",
+    "copied": "copied from real text",
+    "repetition": "repetition within a text",
+    "self_repetition": "repetition between texts",
+    "sentence_length": "length of a text, words",
+    "real_perplexity": "perplexity of its text to a judge",
+}
+MOST_PANELS = 24
+
+
+def draw_all(run: Run, series: list[Series], compared: list[Comparison], directory: Path) -> dict[str, str]:
+    """Every figure that the records allow: writes directory/NAME.png, returns {NAME: inline SVG}."""
+    directory.mkdir(parents=True, exist_ok=True)
+    with house_style():
+        figures = {
+            "perplexity": perplexity_figure(series),
+            "student-control": comparison_figure(compared),
+            **{f"diversity-{i}": diversity_figure(group) for i, group in enumerate(families(series).values())},
+            "curves": curves_figure(run),
+        }
+        labels = {"perplexity": "Held-out perplexity against generation", "student-control": "Student against control",
+                  "curves": "Training loss against tokens"}  # fmt: skip
+        return {
+            name: save(figure, name, directory, labels.get(name, "Coherence and diversity against generation"))
+            for name, figure in figures.items()
+            if figure is not None
+        }
+
+
+def families(series: list[Series]) -> dict[str, list[Series]]:
+    """Series by family, in the order of the lineage."""
+    groups: dict[str, list[Series]] = {}
+    for one in series:
+        groups.setdefault(one.family, []).append(one)
+    return groups
+
+
+def regimes(series: list[Series]) -> dict[str, int]:
+    """The colour index of each regime, the same in all figures."""
+    return {regime: i for i, regime in enumerate(dict.fromkeys(one.regime for one in series))}
+
+
+def perplexity_figure(series: list[Series]) -> Figure | None:
+    """Held-out perplexity against generation: a panel a family, a line a regime, a band from lowest to highest seed."""
+    drawn = {name: group for name, group in families(series).items() if _has(group, "perplexity")}
+    if not drawn:
+        return None
+    figure, panels = grid(len(drawn), columns=2, height=3.7)
+    for axes, (name, group) in zip(panels, drawn.items(), strict=True):
+        _curves(axes, group, regimes(series), "perplexity")
+        axes.set_title(name)
+        axes.set_xlabel("generation")
+        axes.legend(loc="upper left")
+    panels[0].set_ylabel("held-out perplexity (lower is better)")
+    return figure
+
+
+def diversity_figure(group: list[Series]) -> Figure | None:
+    """Small multiples of coherence and diversity for the series of one family."""
+    metrics = [name for name in DIVERSITY if _has(group, name)]
+    if not metrics:
+        return None
+    figure, panels = grid(len(metrics), columns=4, height=2.05)
+    for axes, metric in zip(panels, metrics, strict=True):
+        _curves(axes, group, regimes(group), metric, log=False)
+        axes.set_title(DIVERSITY[metric], fontsize=9.5)
+        axes.locator_params(axis="y", nbins=5)
+    handles, names = panels[0].get_legend_handles_labels()
+    figure.legend(handles, names, loc="outside upper left", ncols=len(names))
+    return figure
+
+
+def _has(group: list[Series], metric: str) -> bool:
+    return any(math.isfinite(point.mean) for one in group for point in one.points(metric).values())
+
+
+def _curves(axes: Axes, group: list[Series], order: dict[str, int], metric: str, log: bool = True) -> None:
+    values: list[float] = []
+    for one in group:
+        points = {g: p for g, p in one.points(metric).items() if math.isfinite(p.mean)}
+        if points:
+            _line(axes, one.regime, points, order[one.regime])
+            values += [value for p in points.values() for value in (p.low, p.high)]
+    whole_numbers(axes)
+    if log:
+        fit_scale(axes, values)
+
+
+def _line(axes: Axes, label: str, points: dict[int, Spread], index: int) -> None:
+    generations, spreads = list(points), list(points.values())
+    axes.plot(generations, [p.mean for p in spreads], color=colour(index), marker=marker(index), label=label)
+    if any(p.count > 1 for p in spreads):
+        low, high = [p.low for p in spreads], [p.high for p in spreads]
+        axes.fill_between(generations, low, high, color=colour(index), alpha=0.18, linewidth=0)
+
+
+def comparison_figure(compared: list[Comparison]) -> Figure | None:
+    """For each comparison: the pairs of each seed with the teacher's line, and the mean difference with its interval."""
+    if not compared:
+        return None
+    figure = Figure(figsize=(11.5, 3.4 * len(compared)), layout="constrained")
+    panels = figure.subplots(len(compared), 2, squeeze=False, width_ratios=(3, 2)).tolist()
+    for (pairs, difference), one in zip(panels, compared, strict=True):
+        _pairs(pairs, one)
+        _difference(difference, one)
+    return figure
+
+
+def _pairs(axes: Axes, one: Comparison) -> None:
+    for _, ours, theirs in one.pairs:
+        axes.plot([0, 1], [theirs, ours], color=MUTED, linewidth=1, alpha=0.7)
+    axes.plot([0] * len(one.pairs), [p[2] for p in one.pairs], "s", color=colour(1), markersize=7)
+    axes.plot([1] * len(one.pairs), [p[1] for p in one.pairs], "o", color=colour(0), markersize=7)
+    for teacher in one.teachers:
+        if (value := finite(teacher.metric("perplexity"))) is not None:
+            axes.axhline(value, color=colour(2), linestyle="--", linewidth=1.4)
+            note = f"{teacher.key}  {real(value)}"
+            axes.annotate(note, (1.45, value), xytext=(0, 4), textcoords="offset points", ha="right", color=INK)
+    axes.set_xticks([0, 1], [one.control, one.student])
+    axes.set_xlim(-0.5, 1.5)
+    axes.margins(y=0.15)
+    axes.set_title("each line is one seed")
+    axes.set_ylabel("held-out perplexity")
+
+
+def _difference(axes: Axes, one: Comparison) -> None:
+    axes.axvline(0, color=INK, linewidth=1)
+    seeds = [ours - theirs for _, ours, theirs in one.pairs]
+    axes.plot(seeds, [0.75] * len(seeds), "o", color=MUTED, markersize=6, alpha=0.8)
+    if one.low is not None and one.high is not None:
+        reach = [[one.difference - one.low], [one.high - one.difference]]
+        axes.errorbar([one.difference], [0.35], xerr=reach, fmt="D", color=colour(0), capsize=5, linewidth=2)
+    axes.set_ylim(0, 1.1)
+    axes.set_yticks([0.75, 0.35], ["seeds", "mean, 95 %"])
+    axes.set_title("student minus control (left of 0: student better)")
+    axes.set_xlabel("difference in perplexity")
+
+
+def curves_figure(run: Run) -> Figure | None:
+    """Training loss against tokens: a panel a name (every lesson has its own loss), a line a node."""
+    groups: dict[str, list[tuple[Node, list[tuple[float, float]]]]] = {}
+    for node in run.grown:
+        if points := curve(node):
+            groups.setdefault(node.name, []).append((node, points))
+    if not groups:
+        return None
+    shown = dict(list(groups.items())[:MOST_PANELS])
+    figure, panels = grid(len(shown), columns=4, height=2.2)
+    for axes, (name, nodes) in zip(panels, shown.items(), strict=True):
+        _training(axes, nodes)
+        axes.set_title(name)
+        axes.locator_params(nbins=5)
+        axes.set_xlabel("million tokens")
+    panels[0].set_ylabel("loss, nats")
+    return figure
+
+
+def _training(axes: Axes, nodes: list[tuple[Node, list[tuple[float, float]]]]) -> None:
+    generations = sorted({node.generation for node, _ in nodes})
+    named = set()
+    for node, points in nodes:
+        index = generations.index(node.generation)
+        label = f"@{node.generation}" if node.generation not in named and len(generations) > 1 else None
+        named.add(node.generation)
+        tokens, losses = zip(*points, strict=True)
+        axes.plot([t / 1e6 for t in tokens], losses, color=colour(index), linewidth=1.2, alpha=0.85, label=label)
+    if len(generations) > 1:
+        axes.legend(loc="upper right", fontsize=8.5)
+
+
+def curve(node: Node, most: int = 150) -> list[tuple[float, float]]:
+    """(tokens, loss) of a node's training curve, finite ones only, thinned to about `most` points with both ends."""
+    raw = [(finite(p.get("tokens")), finite(p.get("loss"))) for p in node.get("curve", [])]
+    points = [(tokens, loss) for tokens, loss in raw if tokens is not None and loss is not None]
+    if len(points) <= most:
+        return points
+    return [points[round(i * (len(points) - 1) / (most - 1))] for i in range(most)]

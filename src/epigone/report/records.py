@@ -1,0 +1,158 @@
+"""Read a run directory: the lineage and the record of every node that is grown.
+
+A record is used only if its key and identity are those of a node of `lineage.json`; what an older config left
+behind is ignored, and a node without a record is pending. A metric that nobody computed is absent (None), never 0.
+
+The report knows no names. What it needs to know about a node stands in the node's labels in `lineage.json`, all
+optional strings:
+
+| label    | meaning                                                     | without it             |
+|----------|-------------------------------------------------------------|------------------------|
+| `family` | the panel in which the node is drawn, e.g. "trigram"        | the node's kind        |
+| `regime` | the curve over generations it belongs to, e.g. "replace"    | the node's name        |
+| `role`   | "student" or "control" puts the node into the comparison of | not compared           |
+|          | the two (same family, same generation, paired by seed); any |                        |
+|          | other word is only shown in the table                       |                        |
+"""
+
+import json
+import math
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from epigone.errors import Fault, UserError
+
+
+@dataclass(frozen=True)
+class Parent:
+    """One lesson's source: the parent's key and its role, "teacher", "text" or "start"."""
+
+    key: str
+    role: str
+
+
+@dataclass(frozen=True)
+class Node:
+    """A node of the lineage with its record, or with `record=None` while it is pending."""
+
+    key: str
+    name: str
+    generation: int
+    seed: int
+    identity: str
+    kind: str
+    parents: tuple[Parent, ...] = ()
+    labels: dict[str, str] = field(default_factory=dict)
+    record: dict[str, Any] | None = None
+
+    @property
+    def family(self) -> str:
+        return self.labels.get("family") or self.kind or "model"
+
+    @property
+    def regime(self) -> str:
+        return self.labels.get("regime") or self.name
+
+    @property
+    def role(self) -> str:
+        return self.labels.get("role") or ""
+
+    def get(self, name: str, default: Any = None) -> Any:
+        """A field of the record, or `default` where the record or the field is absent."""
+        value = (self.record or {}).get(name)
+        return default if value is None else value
+
+    def metric(self, name: str) -> float | None:
+        """A metric of the record as a float (inf and nan included), None where it is absent."""
+        return number(self.get("metrics", {}).get(name))
+
+
+@dataclass(frozen=True)
+class Run:
+    """All that a report is made from."""
+
+    name: str
+    description: str
+    version: str
+    nodes: tuple[Node, ...]
+
+    @property
+    def grown(self) -> tuple[Node, ...]:
+        return tuple(node for node in self.nodes if node.record is not None)
+
+    @cached_property
+    def by_key(self) -> dict[str, Node]:
+        return {node.key: node for node in self.nodes}
+
+
+def number(value: Any) -> float | None:
+    """A JSON value as float: numbers and the strings "inf", "-inf", "nan"; everything else is None."""
+    if isinstance(value, bool):
+        return None
+    if isinstance(value, int | float):
+        return float(value)
+    if isinstance(value, str) and value.lower() in ("inf", "-inf", "nan", "infinity", "-infinity"):
+        return float(value)
+    return None
+
+
+def finite(value: Any) -> float | None:
+    """`number`, but None also for inf and nan."""
+    result = number(value)
+    return result if result is not None and math.isfinite(result) else None
+
+
+def load_run(directory: Path) -> Run:
+    """Read `lineage.json` and the records that belong to it.
+
+    Raises:
+        UserError: there is no lineage in the directory.
+        Fault: the lineage or a record is not readable JSON.
+    """
+    path = directory / "lineage.json"
+    if not path.is_file():
+        raise UserError(f"no lineage.json in '{directory}': give the directory of a run, or grow it with `epigone run`")
+    lineage = _read_object(path)
+    records = _read_records(directory)
+    try:
+        nodes = tuple(_node(entry, records) for entry in lineage["nodes"])
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise Fault(f"damaged lineage '{path}': {error!r}; grow the run again to rewrite it") from error
+    return Run(
+        name=str(lineage.get("name") or directory.name),
+        description=str(lineage.get("description") or ""),
+        version=str(lineage.get("epigone") or ""),
+        nodes=nodes,
+    )
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise Fault(f"damaged file '{path}': {error}; delete it and grow the run again") from error
+    if not isinstance(value, dict):
+        raise Fault(f"damaged file '{path}': expected a JSON object; delete it and grow the run again")
+    return value
+
+
+def _read_records(directory: Path) -> dict[tuple[str, str], dict[str, Any]]:
+    records = (_read_object(path) for path in sorted(directory.glob("nodes/*/record.json")))
+    return {(str(record.get("key")), str(record.get("identity"))): record for record in records}
+
+
+def _node(entry: dict[str, Any], records: dict[tuple[str, str], dict[str, Any]]) -> Node:
+    key, identity = str(entry["key"]), str(entry["identity"])
+    return Node(
+        key=key,
+        name=str(entry["name"]),
+        generation=int(entry["generation"]),
+        seed=int(entry.get("seed") or 0),
+        identity=identity,
+        kind=str(entry.get("kind") or ""),
+        parents=tuple(Parent(str(p["key"]), str(p.get("role") or "text")) for p in entry.get("parents") or ()),
+        labels={str(k): str(v) for k, v in (entry.get("labels") or {}).items() if v},
+        record=records.get((key, identity)),
+    )

@@ -1,0 +1,287 @@
+"""What the page says in words and tables: headlines, samples, predictions, nodes and data cards."""
+
+import json
+import math
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+from epigone.report.formats import count, duration, real
+from epigone.report.records import Node, Run, finite, number
+from epigone.report.summaries import Comparison, Series, spread
+
+# Longest text of a sample and most samples of a node on the page; records keep the rest.
+_LETTERS, _SAMPLES, _WORDS = 320, 4, 8
+# Metrics with a column of their own in the table of nodes.
+_COLUMNS = {"perplexity": "perplexity", "bits_per_byte": "bits / byte", "ece": "calibration error",
+            "distinct_2": "distinct-2", "vocabulary": "vocabulary"}  # fmt: skip
+
+
+class Headline(NamedTuple):
+    """One number of the header: the value, what it is, and a quiet line below."""
+
+    value: str
+    label: str
+    note: str
+    tone: str = ""
+
+
+class Samples(NamedTuple):
+    """Sample texts of one series and seed: a column a generation, a row a sample; an absent text is None."""
+
+    title: str
+    seed: int
+    generations: list[int]
+    rows: list[list[str | None]]
+
+
+class Word(NamedTuple):
+    """One predicted word: its probability, the width of its bar in per cent, and whether the first column has it too."""
+
+    text: str
+    probability: float
+    width: float
+    shared: bool
+
+
+class Predictions(NamedTuple):
+    """One context and each model's most probable next words."""
+
+    context: str
+    columns: list[tuple[str, str, list[Word]]]
+
+
+class Cell(NamedTuple):
+    """A table cell: the text, and the number by which the column sorts (None for text and for absent values)."""
+
+    text: str
+    sort: float | None = None
+
+
+def headlines(run: Run, series: list[Series], compared: list[Comparison]) -> list[Headline]:
+    """The numbers that a reader takes away, all computed from the records."""
+    found = [_comparison_headline(one) for one in compared]
+    found += [headline for one in series if (headline := _growth_headline(one))]
+    seconds = [value for node in run.grown if (value := finite(node.get("seconds"))) is not None]
+    tokens = [value for node in run.grown if (value := finite(node.get("tokens"))) is not None]
+    grown = f"{len(run.grown)} of {len(run.nodes)}"
+    if seconds:
+        note = f"{count(math.fsum(tokens))} tokens learned" if tokens else "sum over nodes"
+        found.append(Headline(duration(math.fsum(seconds)), "growing time, sum over nodes", note))
+    found.append(Headline(grown, "nodes grown", "the others are pending" if len(run.grown) < len(run.nodes) else "all done"))
+    return found
+
+
+def _comparison_headline(one: Comparison) -> Headline:
+    label = f"perplexity, {one.student} minus {one.control}"
+    return Headline(_signed(one.difference), label, verdict(one), {"better": "good", "worse": "bad"}.get(one.verdict, ""))
+
+
+def verdict(one: Comparison) -> str:
+    """A comparison in words, with its interval and the number of seeds."""
+    if one.low is None or one.high is None:
+        return "one seed: no interval, no verdict"
+    interval = f"95 % interval {_signed(one.low)} to {_signed(one.high)}, {len(one.pairs)} seeds"
+    words = {"tie": "a tie", "better": "the student is better", "worse": "the control is better"}
+    return f"{words[one.verdict]}: {interval}"
+
+
+def _signed(value: float) -> str:
+    return ("+" if value > 0 else "−" if value < 0 else "") + real(abs(value))
+
+
+def _growth_headline(one: Series) -> Headline | None:
+    points = one.points("perplexity")
+    if len(points) < 2:
+        return None
+    first, last = min(points), max(points)
+    start, end = points[first].mean, points[last].mean
+    ratio = f"×{end / start:.2f}" if math.isfinite(end) and math.isfinite(start) and start > 0 else real(end)
+    seeds = f"{points[last].count} seeds" if points[last].count > 1 else "1 seed"
+    note = f"{real(start)} → {real(end)}, generation {first} to {last}, {seeds}"
+    return Headline(ratio, f"perplexity, {one.family} · {one.regime}", note)
+
+
+def not_drawn(series: list[Series]) -> list[str]:
+    """Points that a perplexity plot cannot show, because a mean is infinite or not a number."""
+    return [
+        f"{one.family} · {one.regime} @{generation}: {real(point.mean)}"
+        for one in series
+        for generation, point in one.points("perplexity").items()
+        if not math.isfinite(point.mean)
+    ]
+
+
+def bands(series: list[Series]) -> str:
+    """How many seeds a band spans, in words."""
+    counts = sorted({p.count for one in series for p in one.points("perplexity").values()})
+    if not counts or counts[-1] < 2:
+        return "There is one seed, so there is no band."
+    some = f"{counts[-1]}" if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
+    return f"The band reaches from the lowest to the highest of {some} seeds; the line is their mean."
+
+
+def samples(series: list[Series]) -> list[Samples]:
+    """Each series' sample texts at a few generations, of the lowest seed whose nodes have any."""
+    return [found for one in series if (found := _series_samples(one))]
+
+
+def _series_samples(one: Series) -> Samples | None:
+    for seed, chain in one.chains.items():
+        texts = {node.generation: node.get("samples", []) for node in chain}
+        texts = {generation: found for generation, found in texts.items() if found}
+        if texts:
+            shown = milestones(sorted(texts))
+            rows = [[_clip(texts[g][i]) if i < len(texts[g]) else None for g in shown] for i in range(_SAMPLES)]
+            rows = [row for row in rows if any(row)]
+            return Samples(f"{one.family} · {one.regime}", seed, shown, rows)
+    return None
+
+
+def loose_samples(run: Run, series: list[Series]) -> list[tuple[str, list[str]]]:
+    """Samples of the nodes of the lowest seed that belong to no series."""
+    drawn = {node.key for one in series for chain in one.chains.values() for node in chain}
+    lowest: dict[tuple[str, int], Node] = {}
+    for node in run.grown:
+        if node.key not in drawn and node.get("samples"):
+            lowest.setdefault((node.name, node.generation), node)
+    return [(node.key, [_clip(text) for text in node.get("samples")[:_SAMPLES]]) for node in lowest.values()]
+
+
+def milestones(generations: list[int]) -> list[int]:
+    """At most five generations: all of them, or the first three, the middle and the last."""
+    if len(generations) <= 5:
+        return generations
+    return [*generations[:3], generations[len(generations) // 2], generations[-1]]
+
+
+def _clip(text: Any) -> str:
+    line = " ".join(str(text).split())
+    return line if len(line) <= _LETTERS else line[:_LETTERS].rsplit(" ", 1)[0] + " …"
+
+
+def predictions(run: Run, compared: list[Comparison]) -> list[Predictions]:
+    """Each context's most probable next words under teacher, student and control, or under the first few nodes."""
+    nodes = [node for node in _predictors(run, compared) if node.get("predictions")]
+    contexts = dict.fromkeys(str(p["context"]) for node in nodes for p in node.get("predictions"))
+    return [Predictions(context, _columns(nodes, context)) for context in contexts]
+
+
+def _predictors(run: Run, compared: list[Comparison]) -> list[Node]:
+    if not compared:
+        return [node for node in run.grown if node.get("predictions")][:3]
+    nodes = []
+    for one in compared:
+        seed = one.pairs[0][0]
+        pair = [node for name in (one.student, one.control) for node in run.nodes
+                if node.seed == seed and f"{node.name}@{node.generation}" == name]  # fmt: skip
+        nodes += [*one.teachers[:1], *pair]
+    return list({node.key: node for node in nodes}.values())
+
+
+def _columns(nodes: list[Node], context: str) -> list[tuple[str, str, list[Word]]]:
+    tops = [(node, _top(node, context)) for node in nodes]
+    highest = max((p for _, top in tops for _, p in top), default=1.0) or 1.0
+    first = {word for word, _ in tops[0][1]}
+    return [
+        (node.key, node.role, [Word(w, p, 100 * p / highest, i > 0 and w in first) for w, p in top])
+        for i, (node, top) in enumerate(tops)
+    ]
+
+
+def _top(node: Node, context: str) -> list[tuple[str, float]]:
+    for prediction in node.get("predictions"):
+        if prediction.get("context") == context:
+            top = [(str(word), finite(p)) for word, p in prediction.get("top", [])[:_WORDS]]
+            return [(word, p) for word, p in top if p is not None]
+    return []
+
+
+def compared_table(run: Run, one: Comparison) -> list[tuple[str, list[str]]]:
+    """Rows of teacher, student, control: perplexity, calibration, agreement with the teacher; mean (lowest-highest)."""
+    names = [*dict.fromkeys(f"{t.name}@{t.generation}" for t in one.teachers), one.student, one.control]
+    rows = []
+    for name in names:
+        nodes = [node for node in run.grown if f"{node.name}@{node.generation}" == name]
+        agreed = [_agreement(node, one) for node in nodes]
+        cells = [_range(n.metric("perplexity") for n in nodes), _range(n.metric("ece") for n in nodes), _range(agreed)]
+        rows.append((name, [str(len(nodes)), *cells]))
+    return rows
+
+
+def _agreement(node: Node, one: Comparison) -> float | None:
+    values = (number(node.get("agreement", {}).get(teacher.key, {}).get("top1")) for teacher in one.teachers)
+    return next((value for value in values if value is not None), None)
+
+
+def _range(values: Iterable[float | None]) -> str:
+    found = spread(values)
+    if found is None:
+        return ""
+    return real(found.mean) + (f" ({real(found.low)}–{real(found.high)})" if found.count > 1 else "")
+
+
+def node_columns(run: Run) -> list[str]:
+    """Headings of the table of nodes; a metric's column is there if any node has it."""
+    return ["node", "parents", "parameters", "tokens", "FLOPs", "time", *(_COLUMNS[name] for name in _shown(run))]
+
+
+def _shown(run: Run) -> list[str]:
+    return [name for name in _COLUMNS if any(node.metric(name) is not None for node in run.grown)]
+
+
+def node_cells(run: Run, node: Node) -> list[Cell]:
+    """A row of the table of nodes, but for the node's own name."""
+    parents = ", ".join(f"{parent.key} ({parent.role})" for parent in _brief(node))
+    sizes = [number(node.get(name)) for name in ("parameters", "tokens", "flops")]
+    cells = [Cell(parents), *(Cell(count(size), size) for size in sizes)]
+    seconds = number(node.get("seconds"))
+    cells.append(Cell(duration(seconds), seconds))
+    return cells + [Cell(real(value), value) for value in (node.metric(name) for name in _shown(run))]
+
+
+def _brief(node: Node) -> list[Any]:
+    """At most three parents, the latest ones; the data cards have them all."""
+    return list(node.parents[-3:])
+
+
+def facts(run: Run) -> list[tuple[str, str]]:
+    """Commit, device, versions and time of the records, several values joined."""
+    found = {
+        "commit": _values(node.get("git_commit") for node in run.grown),
+        "device": _values(node.get("device") for node in run.grown),
+        "software": _values(_versions(node.get("versions", {})) for node in run.grown),
+        "finished": max((str(node.get("finished", "")) for node in run.grown), default=""),
+    }
+    return [(name, value) for name, value in found.items() if value]
+
+
+def _values(values: Iterable[Any]) -> str:
+    return "; ".join(dict.fromkeys(str(value) for value in values if value))
+
+
+def _versions(versions: dict[str, Any]) -> str:
+    return ", ".join(f"{name} {value}" for name, value in versions.items())
+
+
+def cards(run: Run) -> list[tuple[str, str, list[tuple[str, str]]]]:
+    """Every text that was learned, once: its name, which nodes learned it, and the rest of its card."""
+    texts: dict[str, tuple[dict[str, Any], list[str]]] = {}
+    for node in run.grown:
+        for card in node.get("data", []):
+            texts.setdefault(json.dumps(card, sort_keys=True, default=str), (card, []))[1].append(node.key)
+    return [
+        (str(card.get("name", "text")), _many(users), [(k, _plain(v)) for k, v in card.items() if k != "name"])
+        for card, users in texts.values()
+    ]
+
+
+def _many(keys: list[str]) -> str:
+    return ", ".join(keys) if len(keys) <= 4 else f"{', '.join(keys[:3])} and {len(keys) - 3} more"
+
+
+def _plain(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {_plain(item)}" for name, item in value.items())
+    if isinstance(value, list):
+        return ", ".join(_plain(item) for item in value)
+    return str(value)
