@@ -1,14 +1,16 @@
 """How alike two models are: what they say next after the same words."""
 
+from collections.abc import Sequence
+
 import numpy as np
 from scipy.special import rel_entr
 
-from epigone.evaluate.contexts import Contexts, score_contexts
-from epigone.models.language_model import LanguageModel
+from epigone.evaluate.contexts import score_contexts
+from epigone.models.language_model import Document, LanguageModel
 
 
-def compare_models(student: LanguageModel, teacher: LanguageModel, contexts: Contexts) -> dict[str, float]:
-    """Compare two models' next-token distributions, S and P, averaged over the contexts.
+def compare_models(student: LanguageModel, teacher: LanguageModel, prefixes: Sequence[Document]) -> dict[str, float]:
+    """Compare two models' next-token distributions, S and P, averaged over contexts (token ids before the place).
 
     Both distributions are taken at temperature 1, over the same vocabulary, in nats and float64. With S the student
     and P the teacher:
@@ -27,14 +29,14 @@ def compare_models(student: LanguageModel, teacher: LanguageModel, contexts: Con
     """
     sums: dict[str, float] = {}
     first_S, first_P = [], []
-    for scores_S, scores_P in score_contexts([student, teacher], contexts.prefixes):
+    for scores_S, scores_P in score_contexts([student, teacher], prefixes):
         first_S.append(scores_S.argmax(axis=1))
         first_P.append(scores_P.argmax(axis=1))
         values = divergences(scores_P, scores_S) | {"top5": top_overlap(scores_S, scores_P, 5)}
         for name, value_M in values.items():
             sums[name] = sums.get(name, 0.0) + float(value_M.sum())
     chosen_S, chosen_P = np.concatenate(first_S), np.concatenate(first_P)
-    means = {name: total / len(contexts) for name, total in sums.items()}
+    means = {name: total / len(prefixes) for name, total in sums.items()}
     means["top1"] = float(np.mean(chosen_S == chosen_P))
     kappa = chance_corrected(chosen_S, chosen_P)
     return means if kappa is None else means | {"top1_kappa": kappa}
