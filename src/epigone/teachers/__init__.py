@@ -1,0 +1,107 @@
+"""Teachers: the ways in which a teacher gives its signal, one file each, all with the protocol below."""
+
+from collections.abc import Callable
+from enum import Enum
+from typing import Any, Protocol
+
+import jax
+
+from epigone.errors import UserError
+from epigone.lessons.objective import Objective
+
+
+class Signal(Enum):
+    """What a teacher gives for a batch."""
+
+    DENSE_LOGITS = "dense logits"
+    HIDDEN_STATES = "hidden states and an output head"
+    SPARSE_SCORES = "sparse scores"
+    TEXT_ONLY = "text only"
+
+
+class Batch(Protocol):
+    """The arrays of `epigone.data.pipeline.Batch`, all [B, T], here of numpy or of JAX."""
+
+    tokens_BT: Any
+    targets_BT: Any
+    weights_BT: Any
+    positions_BT: Any
+    segments_BT: Any
+
+
+class Teacher(Protocol):
+    """Gives a signal for each batch: first on the host (`fetch`), then inside the training step (`logits`).
+
+    Attributes:
+        vocab_size: entries of a logits row.
+        tokenizer_identity: identity of the tokenizer that the teacher reads and writes.
+        tokenizer_name: its name, for messages.
+        signal: what it gives.
+        logits: `(params, batch, fetched) -> logits_BTV`, traced. A function or a frozen dataclass, equal for teachers
+            of one shape, and without arrays in it: steps are compiled once for all that are equal.
+    """
+
+    vocab_size: int | None
+    tokenizer_identity: str
+    tokenizer_name: str
+    signal: Signal
+    logits: Callable[[Any, Any, Any], jax.Array]
+
+    def place(self) -> Any:
+        """Parameters on the mesh that is set, an argument of the compiled step; {} where there are none."""
+        ...
+
+    def fetch(self, batch: Batch) -> dict[str, Any]:
+        """Host arrays [B, T, ...] that `logits` needs for this process's part of a batch; {} where it needs none."""
+        ...
+
+    def flops_per_token(self, length: int) -> int:
+        """Floating-point operations for one token of a sequence of this length."""
+        ...
+
+
+def check_compatible(
+    objective: Objective,
+    teacher: Teacher | None,
+    *,
+    vocab_size: int | None,
+    tokenizer_identity: str | None = None,
+    tokenizer_name: str = "unnamed",
+) -> None:
+    """Refuse, before step 0, a teacher whose signal the objective cannot take.
+
+    Args:
+        objective: what the student is trained on.
+        teacher: the teacher, or None.
+        vocab_size: the student's vocabulary.
+        tokenizer_identity: the student's tokenizer; None leaves it unchecked (where no tokenizer is at hand).
+        tokenizer_name: its name, for messages.
+
+    Raises:
+        UserError: a teacher is missing, unused or without scores, or its vocabulary or tokenizer is another.
+    """
+    if teacher is None:
+        if objective.needs_teacher:
+            raise UserError(
+                f"objective: hard_weight={objective.hard_weight:g} needs a teacher, and the lesson has none: "
+                "name one, or set hard_weight=1"
+            )
+        return
+    if not objective.needs_teacher:
+        raise UserError("objective: hard_weight=1 learns from the text alone, and the lesson names a teacher: drop one")
+    if teacher.signal is not Signal.DENSE_LOGITS:
+        raise UserError(
+            f"the teacher gives {teacher.signal.value}, and the objective takes {Signal.DENSE_LOGITS.value}: choose a "
+            "teacher with scores, or train on its text with hard_weight=1"
+        )
+    names = f"(tokenizers '{teacher.tokenizer_name}', '{tokenizer_name}')"
+    if teacher.vocab_size != vocab_size:
+        raise UserError(
+            f"teacher vocabulary {teacher.vocab_size} != student vocabulary {vocab_size} {names}: "
+            "give both one tokenizer"
+        )
+    if tokenizer_identity is not None and teacher.tokenizer_identity != tokenizer_identity:
+        raise UserError(
+            f"teacher and student read different tokenizers of the same size {vocab_size} {names}, identities "
+            f"{teacher.tokenizer_identity} and {tokenizer_identity}: give both one tokenizer"
+        )

@@ -1,0 +1,104 @@
+"""Teachers that live beside the student: a decoder in the same program, an n-gram model on the host."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import numpy as np
+
+from epigone.models import decoder
+from epigone.models.config import DecoderConfig
+from epigone.models.language_model import BOS, LanguageModel
+from epigone.teachers import Batch, Signal
+
+
+@dataclass(frozen=True)
+class DecoderLogits:
+    """Forward pass of a decoder as a teacher: its config is all that the compiled step depends on."""
+
+    config: DecoderConfig
+
+    def __call__(self, params: Any, batch: Batch, fetched: dict[str, jax.Array]) -> jax.Array:
+        logits_BTV = decoder.apply(self.config, params, batch.tokens_BT, batch.positions_BT, batch.segments_BT)
+        return jax.lax.stop_gradient(logits_BTV)
+
+
+class DecoderTeacher:
+    """A decoder that scores each batch within the student's step, on the same mesh."""
+
+    signal = Signal.DENSE_LOGITS
+
+    def __init__(
+        self, config: DecoderConfig, params: Any, tokenizer_identity: str, tokenizer_name: str = "unnamed"
+    ) -> None:
+        self.params = params
+        self.vocab_size = config.vocab_size
+        self.tokenizer_identity, self.tokenizer_name = tokenizer_identity, tokenizer_name
+        self.logits = DecoderLogits(config)
+
+    def place(self) -> Any:
+        """The parameters, cut over the mesh that is set as the student's are."""
+        shardings = jax.tree.map(lambda leaf: leaf.sharding, decoder.abstract(self.logits.config))
+        return jax.device_put(self.params, shardings)
+
+    def fetch(self, batch: Batch) -> dict[str, Any]:
+        """Nothing: all is in the step."""
+        return {}
+
+    def flops_per_token(self, length: int) -> int:
+        """Those of a forward pass."""
+        return decoder.flops_per_token(self.logits.config, length, training=False)
+
+
+def fetched_logits(params: Any, batch: Batch, fetched: dict[str, jax.Array]) -> jax.Array:
+    """The scores that were fetched on the host, as they are."""
+    return fetched["logits_BTV"]
+
+
+class NGramTeacher:
+    """A count-based model that is looked up on the host, one row of scores for each different context of a batch.
+
+    A context ends at its own segment: the piece of a long document that goes on in a new row is read as if it began
+    there, so its first `order - 2` tokens are scored with less context.
+    """
+
+    signal = Signal.DENSE_LOGITS
+    logits = staticmethod(fetched_logits)
+
+    def __init__(
+        self, model: LanguageModel, tokenizer_identity: str, tokenizer_name: str = "unnamed", order: int | None = None
+    ) -> None:
+        self.model = model
+        self.vocab_size = model.vocab_size
+        self.tokenizer_identity, self.tokenizer_name = tokenizer_identity, tokenizer_name
+        self.order: int = order or model.config.order  # type: ignore[attr-defined]
+
+    def place(self) -> Any:
+        """Nothing: counts stay on the host."""
+        return {}
+
+    def fetch(self, batch: Batch) -> dict[str, Any]:
+        """Natural-log probabilities of the next token, [B, T, V] float32, -inf where the model gives none."""
+        width = max(self.order - 1, 1)
+        windows = context_windows(np.asarray(batch.tokens_BT), np.asarray(batch.segments_BT), width)
+        contexts, rows = np.unique(windows.reshape(-1, width), axis=0, return_inverse=True)
+        log_probs = self.model.next_log_probs([context[context >= 0] for context in contexts]).astype(np.float32)
+        return {"logits_BTV": log_probs[rows].reshape(*windows.shape[:2], self.vocab_size)}
+
+    def flops_per_token(self, length: int) -> int:
+        """None that count: it looks up."""
+        return 0
+
+
+def context_windows(tokens_BT: np.ndarray, segments_BT: np.ndarray, width: int) -> np.ndarray:
+    """The last `width` tokens of each position's own segment, itself included: [B, T, width].
+
+    -1 stands for what is before the segment, and for bos, which every model puts before a context by itself.
+    """
+    windows = np.full((*tokens_BT.shape, width), -1, tokens_BT.dtype)
+    T = tokens_BT.shape[1]
+    for back in range(min(width, T)):
+        same = segments_BT[:, back:] == segments_BT[:, : T - back]
+        known = same & (tokens_BT[:, : T - back] != BOS)
+        windows[:, back:, width - 1 - back] = np.where(known, tokens_BT[:, : T - back], -1)
+    return windows

@@ -1,0 +1,126 @@
+"""Teachers in memory: a decoder's own logits, and an n-gram's row for each context."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec as P
+
+from epigone.lessons.divergences import forward_kl
+from epigone.models import decoder
+from epigone.models.config import DecoderConfig
+from epigone.models.sharding import make_mesh
+from epigone.teachers.in_memory import DecoderTeacher, NGramTeacher, context_windows
+
+CONFIG = DecoderConfig(vocab_size=64, layers=1, model_size=16, heads=2, max_length=16)
+
+
+class Batch(NamedTuple):
+    tokens_BT: np.ndarray
+    targets_BT: np.ndarray
+    weights_BT: np.ndarray
+    positions_BT: np.ndarray
+    segments_BT: np.ndarray
+
+
+def two_documents_a_row():
+    tokens = np.array([[1, 7, 8, 9, 1, 7, 8, 0], [1, 5, 6, 7, 8, 9, 10, 11]], np.int32)
+    segments = np.array([[1, 1, 1, 1, 2, 2, 2, 0], [1] * 8], np.int32)
+    positions = np.array([[0, 1, 2, 3, 0, 1, 2, 0], list(range(8))], np.int32)
+    return Batch(tokens, np.roll(tokens, -1, 1), (segments > 0).astype(np.float32), positions, segments)
+
+
+class Trigram:
+    """Log-probabilities that depend on the last two tokens alone, bos included."""
+
+    vocab_size = 12
+
+    def next_log_probs(self, contexts):
+        tails = [([1, *context.tolist()])[-2:] for context in contexts]
+        logits = np.stack([np.random.default_rng([0, *tail]).normal(size=self.vocab_size) for tail in tails])
+        logits[:, :2] = -np.inf
+        return logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+
+
+def brute_force(model, batch):
+    rows = []
+    for tokens, segments in zip(batch.tokens_BT, batch.segments_BT, strict=True):
+        for t in range(len(tokens)):
+            own = [token for token, s in zip(tokens[: t + 1], segments[: t + 1], strict=True) if s == segments[t]]
+            rows.append(np.array([token for token in own if token != 1], np.int32))
+    return model.next_log_probs(rows).reshape(*batch.tokens_BT.shape, -1)
+
+
+def test_ngram_scores_each_token_in_its_own_segment():
+    batch = two_documents_a_row()
+    teacher = NGramTeacher(Trigram(), "id", order=3)
+    fetched = teacher.fetch(batch)
+    assert fetched["logits_BTV"].dtype == np.float32
+    real = batch.segments_BT > 0
+    np.testing.assert_allclose(fetched["logits_BTV"][real], brute_force(Trigram(), batch)[real], rtol=1e-6)
+    np.testing.assert_array_equal(fetched["logits_BTV"][0, 1], fetched["logits_BTV"][0, 5])
+
+
+def test_each_context_is_asked_for_once():
+    asked = []
+
+    class Counting(Trigram):
+        def next_log_probs(self, contexts):
+            asked.extend(tuple(context) for context in contexts)
+            return super().next_log_probs(contexts)
+
+    NGramTeacher(Counting(), "id", order=3).fetch(two_documents_a_row())
+    assert len(asked) == len(set(asked))
+
+
+@pytest.mark.parametrize("width", [1, 2, 5, 20])
+def test_context_windows_end_at_the_segment(width):
+    batch = two_documents_a_row()
+    windows = context_windows(batch.tokens_BT, batch.segments_BT, width)
+    expected = ([-1] * width + [7])[-width:]
+    assert windows[0, 5].tolist() == expected
+    assert set(windows[0, 4].tolist()) == {-1}
+
+
+def test_ngram_teacher_gives_finite_loss_and_gradient():
+    batch = two_documents_a_row()
+    teacher = NGramTeacher(Trigram(), "id", order=3)
+    student = jnp.zeros((2, 8, 12)).at[..., :2].set(-1e9)
+    scores = teacher.logits(teacher.place(), batch, teacher.fetch(batch))
+    value, gradient = jax.value_and_grad(lambda s: forward_kl(s, scores).sum())(student)
+    assert np.isfinite(value)
+    assert np.all(np.isfinite(gradient))
+
+
+def test_decoder_teacher_gives_its_own_logits_on_any_mesh():
+    batch = two_documents_a_row()
+    params = decoder.init(CONFIG, 0)
+    expected = jax.jit(decoder.apply, static_argnums=0)(CONFIG, params, *(batch[i] for i in (0, 3, 4)))
+    teacher = DecoderTeacher(CONFIG, params, "id")
+    with jax.set_mesh(make_mesh(1, 2, 2)):
+        placed = teacher.place()
+        on_mesh = Batch(*(jax.device_put(x, P(("data", "fsdp"), None)) for x in batch))
+        logits = jax.jit(teacher.logits)(placed, on_mesh, {})
+    np.testing.assert_allclose(logits, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_teachers_of_one_shape_share_a_compiled_step():
+    first, second = (DecoderTeacher(CONFIG, decoder.init(CONFIG, seed), "id") for seed in (0, 1))
+    assert first.logits == second.logits
+    assert hash(first.logits) == hash(second.logits)
+    assert NGramTeacher(Trigram(), "a", order=2).logits is NGramTeacher(Trigram(), "b", order=3).logits
+
+
+def test_no_gradient_reaches_the_teacher():
+    batch = two_documents_a_row()
+    teacher = DecoderTeacher(CONFIG, decoder.init(CONFIG, 0), "id")
+    gradient = jax.grad(lambda params: teacher.logits(params, batch, {}).sum())(teacher.params)
+    assert not any(np.any(leaf) for leaf in jax.tree.leaves(gradient))
+
+
+def test_flops_are_those_of_a_forward_pass():
+    teacher = DecoderTeacher(CONFIG, decoder.init(CONFIG, 0), "id")
+    assert teacher.flops_per_token(8) == decoder.flops_per_token(CONFIG, 8, training=False)
+    assert NGramTeacher(Trigram(), "id", order=3).flops_per_token(8) == 0
