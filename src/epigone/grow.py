@@ -233,10 +233,10 @@ def _measure_writing(node: Node, model: Any, materials: Materials, record: dict[
 
 
 def _compared(node: Node, materials: Materials) -> list[Node]:
-    """Nodes whose next-token scores a node's are compared with: its teacher, and those that the evaluation names."""
+    """Nodes whose next-token scores a node's are compared with: its teacher, and the one that the evaluation names."""
     store = materials.store
-    wanted = dict.fromkeys(key for key in (node.lesson.teacher, *store.lineage.evaluation.compare) if key)
-    others = [store.lineage[key] for key in wanted if key != node.key]
+    wanted = dict.fromkeys([node.lesson.teacher, store.lineage.evaluation.compare.get(node.name)])
+    others = [store.lineage[key] for key in wanted if key]
     return [o for o in others if o.tokenizer == node.tokenizer and store.record(o) is not None]
 
 

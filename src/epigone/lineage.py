@@ -136,7 +136,7 @@ class Evaluation:
         write_tokens: tokens that every node writes for the measures of diversity.
         contexts: held-out contexts for calibration and agreement.
         prompts: contexts whose next-word probabilities the report shows.
-        compare: keys of nodes with which every node of the same tokenizer is compared that is grown after them.
+        compare: node name -> key of a node (not its teacher) with which it is also compared, if that is done by then.
         samples: how many written documents a record keeps to be read.
         seed: chooses the contexts and the samples.
     """
@@ -146,7 +146,7 @@ class Evaluation:
     write_tokens: int = 20_000
     contexts: int = 1_000
     prompts: tuple[str, ...] = ()
-    compare: tuple[str, ...] = ()
+    compare: Mapping[str, str] = field(default_factory=dict)
     samples: int = 8
     seed: int = 0
 
