@@ -1,0 +1,168 @@
+"""Ancestral sampling from an n-gram model, many documents side by side.
+
+Shapes: M documents (or queries) in flight, E stored n-grams, V vocabulary. An interpolated row is a mixture over
+context lengths: stay at the longest seen context with probability 1 - escape / total and draw one of its n-grams by
+weight, else go one token shorter, at last to the uniform distribution. Only temperature, top-k and top-p need the row
+itself."""
+
+from collections.abc import Sequence
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from epigone.errors import UserError
+from epigone.models import counts as counting
+from epigone.models.language_model import BOS, EOS, Document
+
+if TYPE_CHECKING:
+    from epigone.models.ngram import NGramModel
+
+WAVE = 8192
+"""Documents begun at once: enough to hide the cost of a step, few enough for 256 tokens of each to stay in a cache."""
+
+ROW_ELEMENTS = 2**22
+"""Probabilities formed at once where rows are needed (32 MiB)."""
+
+
+class Sampler:
+    """Draws next tokens from a model, after temperature, top-k and top-p (in this order)."""
+
+    def __init__(self, model: "NGramModel", temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0) -> None:
+        if not 0 < temperature < np.inf:
+            raise UserError(f"temperature {temperature}: it must be above 0 (top_k=1 takes the most likely token)")
+        if top_k < 0:
+            raise UserError(f"top_k {top_k}: it must be 1 or more, or 0 for off")
+        if not 0 < top_p <= 1:
+            raise UserError(f"top_p {top_p}: it must lie in (0, 1], 1 for off")
+        self.model, self.temperature, self.top_k, self.top_p = model, temperature, top_k, top_p
+        self.plain = temperature == 1.0 and top_k == 0 and top_p == 1.0
+
+    def next_tokens(self, contexts: Sequence[np.ndarray], rng: np.random.Generator) -> np.ndarray:
+        """One token int64 [M] after each context, given by its id at every level."""
+        return self._from_mixture(contexts, rng) if self.plain else self._from_rows(contexts, rng)
+
+    @cached_property
+    def _escapes(self) -> list[np.ndarray]:
+        # The element for id -1, an unseen context, is a sure escape: no uniform number reaches 1.
+        return [
+            np.append(mass.escape_C / total_C, 1.0)
+            for mass, total_C in zip(self.model.masses, self.model.totals, strict=True)
+        ]
+
+    @cached_property
+    def _cumulative(self) -> list[np.ndarray]:
+        return [np.concatenate([[0.0], np.cumsum(mass.weights_E)]) for mass in self.model.masses]
+
+    def _from_mixture(self, contexts: Sequence[np.ndarray], rng: np.random.Generator) -> np.ndarray:
+        tokens_M = np.empty(len(contexts[0]), np.int64)
+        pending = np.arange(len(tokens_M))
+        for k in range(self.model.order - 1, -1, -1):
+            ids = contexts[k][pending]
+            stays = rng.random(len(ids)) >= self._escapes[k][ids]
+            tokens_M[pending[stays]] = self._by_weight(k, ids[stays], rng)
+            pending = pending[~stays]
+        tokens_M[pending] = rng.integers(EOS, self.model.vocab_size, len(pending))
+        return tokens_M
+
+    def _by_weight(self, k: int, ids: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        level, cumulative = self.model.levels[k], self._cumulative[k]
+        first, end = level.starts[ids], level.starts[ids + 1]
+        low, high = cumulative[first], cumulative[end]
+        found = np.searchsorted(cumulative, low + rng.random(len(ids)) * (high - low), side="right") - 1
+        return level.tokens_E[np.minimum(found, end - 1)]
+
+    def _from_rows(self, contexts: Sequence[np.ndarray], rng: np.random.Generator) -> np.ndarray:
+        states, inverse_M = self._states(contexts)
+        uniform_M = rng.random(len(inverse_M))
+        tokens_M = np.empty(len(inverse_M), np.int64)
+        chunk = max(1, ROW_ELEMENTS // self.model.vocab_size)
+        for start in range(0, len(states[0]), chunk):
+            here = np.flatnonzero((inverse_M >= start) & (inverse_M < start + chunk))
+            rows = self.model.rows([ids[start : start + chunk] for ids in states])
+            rows = filtered(rows, self.temperature, self.top_k, self.top_p)
+            tokens_M[here] = _inverse_cdf(rows, inverse_M[here] - start, uniform_M[here])
+        return tokens_M
+
+    def _states(self, contexts: Sequence[np.ndarray]) -> tuple[list[np.ndarray], np.ndarray]:
+        """The distinct contexts, so that each row is formed once; the longest seen context tells all shorter ones."""
+        longest_M, offset = np.zeros(len(contexts[0]), np.int64), 0
+        for level, ids_M in zip(self.model.levels, contexts, strict=True):
+            longest_M = np.where(ids_M >= 0, offset + ids_M, longest_M)
+            offset += len(level.context_keys_C)
+        _, first, inverse_M = np.unique(longest_M, return_index=True, return_inverse=True)
+        return [ids_M[first] for ids_M in contexts], inverse_M
+
+
+def filtered(rows_MV: np.ndarray, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0) -> np.ndarray:
+    """Probabilities [M, V] after temperature, then top-k, then top-p; ties go to the lower ids, so exactly k stay.
+
+    Top-p keeps the fewest most likely tokens whose mass reaches `top_p`. Every row sums to 1 again.
+    """
+    if temperature != 1.0:
+        # Relative to the row's largest, so that no power of a small temperature leaves a row empty.
+        rows_MV = (rows_MV / rows_MV.max(axis=1, keepdims=True)) ** (1 / temperature)
+    if top_k or top_p < 1:
+        order_MV = np.argsort(-rows_MV, axis=1, kind="stable")
+        sorted_MV = np.take_along_axis(rows_MV, order_MV, axis=1)
+        if top_k:
+            sorted_MV[:, top_k:] = 0
+        if top_p < 1:
+            before_MV = np.cumsum(sorted_MV, axis=1) - sorted_MV
+            sorted_MV[before_MV >= top_p * sorted_MV.sum(axis=1, keepdims=True)] = 0
+        rows_MV = np.zeros_like(rows_MV)
+        np.put_along_axis(rows_MV, order_MV, sorted_MV, axis=1)
+    return rows_MV / rows_MV.sum(axis=1, keepdims=True)
+
+
+def _inverse_cdf(rows_SV: np.ndarray, rows_M: np.ndarray, uniform_M: np.ndarray) -> np.ndarray:
+    cumulative_SV = np.cumsum(rows_SV, axis=1)
+    tokens_M = np.empty(len(rows_M), np.int64)
+    order = np.argsort(rows_M, kind="stable")
+    bounds = np.searchsorted(rows_M[order], np.arange(len(rows_SV) + 1))
+    for row, cumulative_V in enumerate(cumulative_SV):
+        here = order[bounds[row] : bounds[row + 1]]
+        tokens_M[here] = np.searchsorted(cumulative_V, uniform_M[here] * cumulative_V[-1], side="right")
+    return tokens_M
+
+
+def write(sampler: Sampler, tokens: int, seed: int, max_length: int) -> list[Document]:
+    """Whole documents from bos to eos (or `max_length` tokens) until their lengths + 1 add up to `tokens`."""
+    if tokens < 1:
+        raise UserError(f"{tokens} tokens to write: it must be 1 or more")
+    if max_length < 1:
+        raise UserError(f"max_length {max_length}: it must be 1 or more")
+    rng = np.random.default_rng(seed)
+    documents: list[Document] = []
+    total, mean = 0, _mean_events(sampler.model)
+    while total < tokens:
+        wave = _wave(sampler, min(WAVE, int(1.05 * (tokens - total) / mean) + 4), rng, max_length)
+        ends = total + np.cumsum([len(document) + 1 for document in wave])
+        needed = min(len(wave), int(np.searchsorted(ends, tokens)) + 1)
+        documents += wave[:needed]
+        total = int(ends[needed - 1])
+        mean = total / len(documents)
+    return documents
+
+
+def _mean_events(model: "NGramModel") -> float:
+    weights_E, tokens_E = model.masses[0].weights_E, model.levels[0].tokens_E
+    return max(1.0, float(weights_E.sum() / weights_E[tokens_E == EOS].sum())) if (weights_E > 0).all() else 16.0
+
+
+def _wave(sampler: Sampler, size: int, rng: np.random.Generator, max_length: int) -> list[Document]:
+    model = sampler.model
+    written = np.empty((size, max_length), np.int32)
+    lengths = np.full(size, max_length)
+    alive = np.arange(size)
+    history = np.full((model.order - 1, size), BOS, np.int64)
+    for step in range(max_length):
+        tokens = sampler.next_tokens(counting.find_contexts(model.levels, history), rng)
+        ended = tokens == EOS
+        lengths[alive[ended]] = step
+        alive, tokens, history = alive[~ended], tokens[~ended], history[:, ~ended]
+        if not len(alive):
+            break
+        written[alive, step] = tokens
+        history = np.concatenate([tokens[None], history])[: model.order - 1]
+    return [row[:length].copy() for row, length in zip(written, lengths, strict=True)]
