@@ -1,5 +1,6 @@
 """Walk a lineage: skip what is done, grow the rest, measure it, write its record."""
 
+import contextlib
 import datetime
 import platform
 import resource
@@ -20,6 +21,7 @@ from epigone.lineage import Lineage, Node
 from epigone.materials import Materials, byte_counts, count_tokens, seed_of
 from epigone.models.language_model import MAX_LENGTH, Document
 from epigone.models.ngram import NGram, NGramModel
+from epigone.processes import first_then_all, is_first, wait
 from epigone.store import Store, kind
 from epigone.view import View
 
@@ -51,24 +53,23 @@ def grow(
     """
     store = Store(run, lineage, data)
     target = lineage[only] if only else None
-    grown = []
-    with store.lock(target):
-        if target is None or not (run / "lineage.json").exists():
+    with store.lock(target) if is_first() else contextlib.nullcontext():
+        if is_first() and (target is None or not (run / "lineage.json").exists()):
             store.write_lineage()
         materials = Materials(store)
-        for node in pending(store):
-            if target is not None and node.key != target.key:
-                continue
+        nodes = [node for node in pending(store) if target in (None, node)]
+        wait("pending")
+        for node in nodes:
             _demand_parents(store, node)
             view.start(node)
-            if store.record(node) is None:
-                _grow_node(node, materials, hardware, view)
-            record = _measured(node, materials, view)
-            store.write_record(node, record)
-            shutil.rmtree(store.directory(node) / "training", ignore_errors=True)
+            record = store.record(node) or _grow_node(node, materials, hardware, view)
+            if is_first():
+                record = _measured(node, record, materials, view)
+                store.write_record(node, record)
+                shutil.rmtree(store.directory(node) / "training", ignore_errors=True)
+            wait(f"{node.key} is done")
             view.finish(node, record)
-            grown.append(node.key)
-    return grown
+    return [node.key for node in nodes]
 
 
 def pending(store: Store) -> list[Node]:
@@ -83,37 +84,39 @@ def _demand_parents(store: Store, node: Node) -> None:
             raise UserError(f"node '{node.key}' needs '{key}' ({role}), which is not done: grow '{key}' first")
 
 
-def _grow_node(node: Node, materials: Materials, hardware: Any, view: View) -> None:
-    """Learn the lesson; leave the model in the node's directory and what is known of it in `learned.json`."""
+def _grow_node(node: Node, materials: Materials, hardware: Any, view: View) -> dict[str, Any]:
+    """Learn the lesson and leave the model in the node's directory; the record, but for what is measured."""
     started = time.monotonic()
-    view.stage("read text")
-    sources = [materials.documents(source, node.tokenizer) for source in node.lesson.text]
-    if isinstance(node.model, NGram):
-        learned = _count(node, sources, materials, view)
-    else:
-        learned = _train(node, sources, materials, hardware, view)
     store = materials.store
-    learned |= {
+    view.stage("read text")
+    with first_then_all(f"{node.key} reads"):
+        sources = [materials.documents(source, node.tokenizer) for source in node.lesson.text]
+    learned = (_count if isinstance(node.model, NGram) else _train)(node, sources, materials, hardware, view)
+    record = {
         "key": node.key,
         "name": node.name,
         "generation": node.generation,
         "seed": node.seed,
         "identity": store.lineage.identities[node.key],
         "kind": kind(node),
-        "group": node.name,
         "config": canonical(node),
         "parents": [
             {"key": key, "identity": store.lineage.identities[key], "role": role} for key, role in node.parents
         ],
         "data": [materials.card(source) for source in node.lesson.text],
         "seconds": time.monotonic() - started,
+        **learned,
         **_circumstances(),
     }
-    store.write_record(node, learned)
+    if is_first():
+        store.write_record(node, record)
+    return record
 
 
-def _count(node: Node, sources: list[list[Document]], materials: Materials, view: View) -> dict[str, Any]:
-    """Fit a model that counts."""
+def _count(
+    node: Node, sources: list[list[Document]], materials: Materials, _hardware: Any, view: View
+) -> dict[str, Any]:
+    """Fit a model that counts; every process does, and the first one saves it."""
     if node.lesson.weights or node.lesson.teacher or node.lesson.start_from:
         raise UserError(f"node '{node.key}' counts words: it takes text alone, no weights, teacher or start_from")
     view.stage("count")
@@ -122,8 +125,9 @@ def _count(node: Node, sources: list[list[Document]], materials: Materials, view
     held_out = materials.documents(validation, node.tokenizer) if validation else None
     model = NGramModel.fit(node.model, documents, materials.tokenizer(node.tokenizer).size, held_out)
     directory = materials.store.directory(node) / "model"
-    directory.mkdir(parents=True, exist_ok=True)
-    model.save(directory / "ngram.safetensors")
+    if is_first():
+        directory.mkdir(parents=True, exist_ok=True)
+        model.save(directory / "ngram.safetensors")
     materials.keep(node, model)
     return {"parameters": model.parameter_count, "tokens": count_tokens(documents), "scale": model.scale}
 
@@ -133,7 +137,6 @@ def _train(
 ) -> dict[str, Any]:
     """Train a model that multiplies matrices. JAX starts here."""
     from epigone.models.decoder import parameter_count
-    from epigone.sampling.decode import DecoderLanguageModel
     from epigone.training import checkpoint, loop
 
     lesson, identity = node.lesson, materials.store.lineage.identities[node.key]
@@ -156,7 +159,6 @@ def _train(
         on_step=view.step,
     )
     checkpoint.save_params(directory / "model", trained.params)
-    materials.keep(node, DecoderLanguageModel(config, trained.params))
     return {
         "parameters": parameter_count(config),
         "tokens": trained.tokens,
@@ -177,10 +179,11 @@ def _teacher(node: Node, materials: Materials) -> Any:
     if node.lesson.teacher is None:
         return None
     parent = materials.store.lineage[node.lesson.teacher]
-    model, tokenizer = materials.model(parent), materials.tokenizer(parent.tokenizer)
+    model: Any = materials.model(parent)
+    tokenizer = materials.tokenizer(parent.tokenizer)
     if isinstance(parent.model, NGram):
-        return in_memory.NGramTeacher(model, tokenizer.identity)
-    return in_memory.DecoderTeacher(model.config, model.params, tokenizer.identity)
+        return in_memory.NGramTeacher(model, tokenizer.identity, tokenizer.name)
+    return in_memory.DecoderTeacher(model.config, model.params, tokenizer.identity, tokenizer.name)
 
 
 def _start(node: Node, materials: Materials) -> Any:
@@ -190,13 +193,13 @@ def _start(node: Node, materials: Materials) -> Any:
     parent = materials.store.lineage[node.lesson.start_from]
     if filled(parent, materials) != filled(node, materials):
         raise UserError(f"node '{node.key}' starts from '{parent.key}', which has another shape: give both one model")
-    return materials.model(parent).params
+    model: Any = materials.model(parent)
+    return model.params
 
 
-def _measured(node: Node, materials: Materials, view: View) -> dict[str, Any]:
+def _measured(node: Node, record: dict[str, Any], materials: Materials, view: View) -> dict[str, Any]:
     """The record with everything that the lineage's evaluation asks for."""
-    store, evaluation = materials.store, materials.store.lineage.evaluation
-    record = store.record(node) or {}
+    evaluation = materials.store.lineage.evaluation
     model, tokenizer = materials.model(node), materials.tokenizer(node.tokenizer)
     view.stage("measure")
     held_out = materials.documents(evaluation.text, node.tokenizer)

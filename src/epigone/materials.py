@@ -1,12 +1,10 @@
 """From configs to things: tokenizers, documents and models of a run, each made once and remembered."""
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from epigone.data import corpora
 from epigone.data.tokenizers import Tokenizer
@@ -139,6 +137,6 @@ def count_tokens(documents: Sequence[Document]) -> int:
     return int(sum(len(document) + 1 for document in documents))
 
 
-def byte_counts(documents: Sequence[str]) -> np.ndarray:
+def byte_counts(documents: Iterable[str]) -> list[int]:
     """UTF-8 bytes of each document."""
-    return np.array([len(document.encode()) for document in documents])
+    return [len(document.encode()) for document in documents]

@@ -155,9 +155,8 @@ def show_plan(lineage: Lineage, directory: Path, data: Path | None) -> None:
     console.print(table)
     left = [row for row in rows if not row.done]
     flops, memory = sum(row.flops or 0 for row in left), max((row.memory or 0 for row in left), default=0)
-    console.print(
-        f"{len(rows)} nodes, {len(rows) - len(left)} done; to do: {_amount(flops)} FLOPs, at most {_amount(memory, 'B')} at once"
-    )
+    todo = f"{_amount(flops)} FLOPs, at most {_amount(memory, 'B')} at once"
+    console.print(f"{len(rows)} nodes, {len(rows) - len(left)} done; to do: {todo}")
 
 
 def _few(keys: Sequence[str]) -> str:

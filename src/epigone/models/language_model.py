@@ -19,7 +19,10 @@ Document = np.ndarray
 class LanguageModel(Protocol):
     """A distribution over documents, factored token by token: p(x_1..x_n, eos | bos)."""
 
-    vocab_size: int
+    @property
+    def vocab_size(self) -> int:
+        """Entries of a row of scores: one for each token id."""
+        ...
 
     def log_probs(self, documents: Sequence[Document]) -> list[np.ndarray]:
         """Natural-log probabilities of x_1..x_n and eos, for each document: lengths n + 1."""
