@@ -47,6 +47,21 @@ def test_masked_logits_and_true_zeros_are_the_same_zero(bigram, places):
     assert np.isfinite(expected["forward_kl"])
 
 
+def test_a_masked_logit_is_as_infinitely_far_as_a_true_zero(bigram):
+    wide, narrow = bigram(np.full((4, 4), 0.25)), bigram(np.tile([0.5, 0.5, 0, 0], (4, 1)))
+    narrow.scores_VV[narrow.scores_VV == -np.inf] = -1e9
+    got = compare_models(narrow, wide, [np.array([3])])
+    assert got["forward_kl"] == np.inf
+    assert got["top5"] == 0.5
+
+
+def test_rounding_of_low_precision_scores_is_no_divergence(bigram, places):
+    model, rounded = bigram.drawn(15, 0), bigram.drawn(15, 0)
+    rounded.scores_VV = rounded.scores_VV + 4e-4
+    got = compare_models(rounded, model, places)
+    assert max(abs(got["forward_kl"]), abs(got["reverse_kl"]), abs(got["js"])) < 1e-12
+
+
 def test_what_only_one_model_allows_is_infinite_in_one_direction(bigram):
     wide, narrow = np.tile([0, 0, 0.5, 0.25, 0.25], (5, 1)), np.tile([0, 0, 0.5, 0.25, 0.25], (5, 1))
     narrow[3] = [0, 0, 1, 0, 0]

@@ -30,6 +30,11 @@ def test_hand_computed():
     assert expected_calibration_error(top, bins=2) == pytest.approx((0.35 + 0.05) / 2)
 
 
+def test_a_bin_holds_its_upper_edge():
+    top = TopPredictions(np.array([0.5, 0.5, 0.75]), np.array([True, False, True]))
+    assert [row.count for row in reliability_table(top, bins=2)] == [2, 1]
+
+
 @pytest.mark.parametrize(("adaptive", "strategy"), [(False, "uniform"), (True, "quantile")])
 def test_table_agrees_with_scikit_learn(adaptive, strategy):
     top = drawn(0)
