@@ -142,3 +142,10 @@ def out(spec: P) -> P | None:
 def named(spec: P) -> NamedSharding | None:
     """`spec` on the devices of the current mesh, for restore targets; None when no mesh is set."""
     return NamedSharding(jax.sharding.get_mesh(), spec) if in_mesh() else None
+
+
+def batch_parts(sharding: Sharding) -> int:
+    """Into how many parts the current mesh cuts a batch."""
+    sizes = dict(jax.sharding.get_abstract_mesh().shape)
+    axes = (sharding.B,) if isinstance(sharding.B, str) else sharding.B or ()
+    return math.prod(sizes.get(axis, 1) for axis in axes)

@@ -1,0 +1,111 @@
+"""One token at a time: keys and values of what was read before, in a ring that all rows share.
+
+The ring is indexed by decoding step, not by a row's own position: at step t every row writes column t mod S, in
+place and with no scatter, and sees the columns written since its own document began. So a row may start a new
+document at any step, at no cost.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from epigone.models.attention import MASKED, causal_mask, choose_attention
+from epigone.models.attention import attend as full_attention
+from epigone.models.decoder import Decoder, Weights, arrays, block
+from epigone.models.layers import soft_cap
+from epigone.models.sharding import in_mesh, placed
+
+Ring = tuple[jax.Array, jax.Array]
+"""Keys and values of one layer, [B, K, S, H] each."""
+
+
+def empty_rings(model: Decoder, rows: int, columns: int) -> list[Ring]:
+    """Rings in which nothing is written yet, one a layer: each its own array, so that it is updated in place."""
+    s = model.config.sizes
+    shape, cut = (rows, s.K, columns, s.H), model.sharding.activation("BKSH")
+    zeros = [placed(jnp.zeros(shape, model.config.compute_dtype), cut) for _ in range(2 * s.L)]
+    return list(zip(zeros[::2], zeros[1::2], strict=True))
+
+
+def prefill(
+    model: Decoder, columns: int, tokens_BT: jax.Array, positions_BT: jax.Array, segments_BT: jax.Array
+) -> list[Ring]:
+    """Rings with T tokens read, in columns 0 to T - 1. Rows are padded on the left, with segment 0."""
+    config, sharding = model.config, model.sharding
+    choice = choose_attention(config.sizes.H, config.dtype, config.attention_softcap)
+    mask_BTS = causal_mask(segments_BT, config.window)
+    angles = config.positions(positions_BT, config.sizes.H, config.rope_theta)
+
+    def mix(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, Ring]:
+        return full_attention(choice, sharding, q, k, v, mask_BTS, config.attention_softcap), (k, v)
+
+    def layer(x_BTD: jax.Array, weights: Weights) -> tuple[jax.Array, Ring]:
+        return block(config, sharding, weights, x_BTD, angles, mix)
+
+    _, kept = jax.lax.scan(layer, model.embed(tokens_BT, positions_BT), arrays(model.layers))
+    room = ((0, 0), (0, 0), (0, columns - tokens_BT.shape[1]), (0, 0))
+    k_LBKSH, v_LBKSH = (x.transpose(0, 1, 3, 2, 4) for x in kept)
+    return [(jnp.pad(k, room), jnp.pad(v, room)) for k, v in zip(k_LBKSH, v_LBKSH, strict=True)]
+
+
+def unstacked(model: Decoder) -> list[Weights]:
+    """The weights of each layer. Sliced once, before the loop, they are not copied at every step."""
+    return [{name: w[i] for name, w in arrays(model.layers).items()} for i in range(model.config.layers)]
+
+
+def read_one(
+    model: Decoder,
+    layers: list[Weights],
+    rings: list[Ring],
+    step: jax.Array,
+    token_B: jax.Array,
+    position_B: jax.Array,
+) -> tuple[jax.Array, list[Ring]]:
+    """Logits [B, V] after one more token in each row, which is written into column `step` mod S.
+
+    A row at position p sees itself and the p columns before.
+    """
+    config, sharding = model.config, model.sharding
+    columns = rings[0][0].shape[2]
+    column = step % columns
+    age_S = (column - jnp.arange(columns)) % columns
+    seen = jnp.minimum(position_B, (config.window or columns) - 1)
+    mask_BS = placed(age_S[None, :] <= seen[:, None], sharding.activation("BS"))
+    one = sharding.activation("BT")
+    tokens_B1, positions_B1 = (placed(x[:, None], one) for x in (token_B, position_B))
+    angles = config.positions(positions_B1, config.sizes.H, config.rope_theta)
+    x_B1D = model.embed(tokens_B1, positions_B1)
+    written = []
+    for weights, ring in zip(layers, rings, strict=True):
+        x_B1D, ring = block(config, sharding, weights, x_B1D, angles, _ring_mix(model, ring, column, mask_BS))
+        written.append(ring)
+    return model.logits(model.finish(x_B1D))[:, 0], written
+
+
+def _ring_mix(model: Decoder, ring: Ring, column: jax.Array, mask_BS: jax.Array):
+    """Attention of one query a row over the ring, after its own key and value are written into it."""
+    sharding, cap = model.sharding, model.config.attention_softcap
+
+    def local(q, k, v, keys, values, mask, column):
+        B, _, N, H = q.shape
+        K, S = keys.shape[1:3]
+        keys = jax.lax.dynamic_update_slice_in_dim(keys, k.transpose(0, 2, 1, 3), column, axis=2)
+        values = jax.lax.dynamic_update_slice_in_dim(values, v.transpose(0, 2, 1, 3), column, axis=2)
+        q = (q * H**-0.5).reshape(B * K, N // K, H)
+        products = (((2,), (2,)), ((0,), (0,)))
+        scores = jax.lax.dot_general(q, keys.reshape(B * K, S, H), products, preferred_element_type=jnp.float32)
+        scores = jnp.where(mask[:, None, None], soft_cap(scores, cap).reshape(B, K, N // K, S), MASKED)
+        weights = jax.nn.softmax(scores, axis=-1).astype(values.dtype).reshape(B * K, N // K, S)
+        mixed = jax.lax.dot_general(weights, values.reshape(B * K, S, H), (((2,), (1,)), ((0,), (0,))))
+        return mixed.reshape(B, 1, N, H), keys, values
+
+    def mix(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, Ring]:
+        run = local
+        if in_mesh():
+            heads, groups = sharding.activation("BTNH"), sharding.activation("BTKH")
+            cache, mask = sharding.activation("BKSH"), sharding.activation("BS")
+            specs = (heads, groups, groups, cache, cache, mask, sharding.activation(""))
+            run = jax.shard_map(local, in_specs=specs, out_specs=(heads, cache, cache))
+        out_B1NH, keys, values = run(q, k, v, *ring, mask_BS, column)
+        return out_B1NH, (keys, values)
+
+    return mix

@@ -1,0 +1,138 @@
+"""Log-probabilities of given documents, in batches of few shapes."""
+
+from collections.abc import Iterator, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from epigone.models.config import DecoderConfig
+from epigone.models.decoder import structure
+from epigone.models.language_model import BOS, EOS, PAD, Document
+from epigone.models.sharding import Sharding, batch_parts, placed
+
+SHORTEST = 32
+"""Lengths are padded to this times a power of two, so that few shapes are compiled."""
+LOGITS = 2**25
+"""Logits that are held at once: 128 MiB."""
+CONTEXTS = 32
+"""Contexts whose next token is scored at once."""
+
+
+class Window(NamedTuple):
+    """A piece of a document: the inputs read, and the events scored, `first` to `first + scored` of the document."""
+
+    document: int
+    inputs: np.ndarray
+    targets: np.ndarray
+    first: int
+    scored: int
+
+
+def bucket(length: int) -> int:
+    """The smallest 32 * 2^k that holds `length`."""
+    return SHORTEST << max(0, (length - 1) // SHORTEST).bit_length()
+
+
+def aligned(texts: Sequence[Document], T: int, right: bool) -> tuple[np.ndarray, np.ndarray]:
+    """bos + each text in a row of T padded tokens, at the left or right end; and the lengths with bos."""
+    tokens_BT = np.full((len(texts), T), PAD, np.int32)
+    for row, text in zip(tokens_BT, texts, strict=True):
+        start = T - len(text) - 1 if right else 0
+        row[start] = BOS
+        row[start + 1 : start + 1 + len(text)] = text
+    return tokens_BT, np.array([len(text) + 1 for text in texts], np.int32)
+
+
+def windows_of(documents: Sequence[Document], max_length: int) -> list[Window]:
+    """Each document in one window, or in windows of max_length that overlap by half and score what is new."""
+    windows = []
+    for index, document in enumerate(documents):
+        inputs, targets = np.r_[BOS, document].astype(np.int32), np.r_[document, EOS].astype(np.int32)
+        first = 0
+        for start in _starts(len(inputs), max_length):
+            end = min(start + max_length, len(inputs))
+            windows.append(Window(index, inputs[start:end], targets[start:end], first, end - first))
+            first = end
+    return windows
+
+
+def _starts(length: int, max_length: int) -> range:
+    stride = max(1, max_length // 2)
+    return range(0, max(1, length - max_length + stride), stride)
+
+
+def windows_scores(
+    config: DecoderConfig, sharding: Sharding, params: Any, windows: Sequence[Window]
+) -> Iterator[tuple[Window, np.ndarray]]:
+    """The log-probabilities of each window's new events; short windows first."""
+    by_length: dict[int, list[Window]] = {}
+    for window in windows:
+        by_length.setdefault(min(bucket(len(window.inputs)), config.max_length), []).append(window)
+    for T, group in sorted(by_length.items()):
+        rows = _rows(config, sharding, T)
+        for start in range(0, len(group), rows):
+            part = group[start : start + rows]
+            numbers = np.full((2, rows, T), PAD, np.int32)
+            lengths_B = np.zeros(rows, np.int32)
+            for b, window in enumerate(part):
+                lengths_B[b] = len(window.inputs)
+                numbers[:, b, : lengths_B[b]] = window.inputs, window.targets
+            scores_BT = np.asarray(_score(config, sharding, params, *numbers, lengths_B))
+            for b, window in enumerate(part):
+                yield window, scores_BT[b, lengths_B[b] - window.scored : lengths_B[b]]
+
+
+def next_scores(config: DecoderConfig, sharding: Sharding, params: Any, contexts: Sequence[Document]) -> np.ndarray:
+    """Log-probabilities [contexts, V] of the next token; of a long context the last max_length tokens are read."""
+    out = np.zeros((len(contexts), config.vocab_size or 0), np.float32)
+    longest = max((len(context) + 1 for context in contexts), default=1)
+    T = min(bucket(longest), config.max_length)
+    rows = -(-CONTEXTS // batch_parts(sharding)) * batch_parts(sharding)
+    for start in range(0, len(contexts), rows):
+        part = contexts[start : start + rows]
+        tokens_BT, lengths_B = np.full((rows, T), PAD, np.int32), np.ones(rows, np.int32)
+        for b, context in enumerate(part):
+            read = np.r_[BOS, context][-T:]
+            tokens_BT[b, : len(read)], lengths_B[b] = read, len(read)
+        out[start : start + rows] = np.asarray(_next(config, sharding, params, tokens_BT, lengths_B))[: len(part)]
+    return out
+
+
+def _rows(config: DecoderConfig, sharding: Sharding, T: int) -> int:
+    """A power of two of rows whose logits fit, times the parts of the batch."""
+    parts = batch_parts(sharding)
+    fitting = max(1, LOGITS // (T * config.sizes.V * parts))
+    return parts << (fitting.bit_length() - 1)
+
+
+def _hidden(config: DecoderConfig, sharding: Sharding, params: Any, tokens_BT: jax.Array, lengths_B: jax.Array):
+    """The decoder, and its hidden states for rows that begin at the left."""
+    model = nnx.merge(structure(config, sharding), params)
+    T = tokens_BT.shape[1]
+    positions_BT = jnp.broadcast_to(jnp.arange(T), tokens_BT.shape)
+    segments_BT = (positions_BT < lengths_B[:, None]).astype(jnp.int32)
+    rows = (placed(x, sharding.activation("BT")) for x in (tokens_BT, positions_BT, segments_BT))
+    return model, model(*rows)
+
+
+@partial(jax.jit, static_argnames=("config", "sharding"))
+def _score(config: DecoderConfig, sharding: Sharding, params: Any, tokens_BT, targets_BT, lengths_B) -> jax.Array:
+    """Log-probability of each target [B, T]: its logit, picked by comparison so that V may be cut, less logsumexp."""
+    model, hidden_BTD = _hidden(config, sharding, params, tokens_BT, lengths_B)
+    logits_BTV = model.logits(hidden_BTD)
+    targets_BT = placed(targets_BT, sharding.activation("BT"))
+    is_target = jnp.arange(logits_BTV.shape[-1]) == targets_BT[..., None]
+    return jnp.sum(jnp.where(is_target, logits_BTV, 0.0), axis=-1) - jax.nn.logsumexp(logits_BTV, axis=-1)
+
+
+@partial(jax.jit, static_argnames=("config", "sharding"))
+def _next(config: DecoderConfig, sharding: Sharding, params: Any, tokens_BT, lengths_B) -> jax.Array:
+    """Log-softmax [B, V] after the last token of each row."""
+    model, hidden_BTD = _hidden(config, sharding, params, tokens_BT, lengths_B)
+    is_last = placed(jnp.arange(tokens_BT.shape[1]) == lengths_B[:, None] - 1, sharding.activation("BT"))
+    last_B1D = jnp.sum(jnp.where(is_last[..., None], hidden_BTD, 0), axis=1, keepdims=True)
+    return jax.nn.log_softmax(model.logits(last_B1D)[:, 0])
