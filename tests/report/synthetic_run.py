@@ -1,11 +1,11 @@
-"""A made-up run in the shape of a full lineage: three regimes of copies, a teacher with students, self-taught chains."""
+"""A made-up run in the shape of a full lineage: copies in regimes, a teacher and students, self-taught chains."""
 
 import json
 import random
 from pathlib import Path
 
-WORDS = "the and of to in he that shall unto for his lord they be is him not them it with all thou was god".split()
-RARE = "husbandman sepulchre cedar threshing flagon lattice myrrh tabernacle locusts chariot".split()
+WORDS = ["the", "and", "of", "to", "in", "he", "that", "shall", "unto", "for", "his", "lord", "they", "be", "was"]
+RARE = ["husbandman", "sepulchre", "cedar", "threshing", "flagon", "lattice", "myrrh", "tabernacle", "locusts"]
 CONTEXTS = ["in the beginning", "and the king said", "he went up to the <b>mountain</b> & down"]
 HOSTILE = "<script>alert('x')</script> \"quoted\" & </td></table> --> {{ 7 * 7 }}"
 
@@ -39,11 +39,12 @@ def record(entry: dict, **changes) -> dict:
         **{name: entry[name] for name in ("key", "name", "generation", "seed", "identity", "kind", "parents")},
         "group": entry["name"], "config": {"model": {"order": 3}}, "data": _cards(entry),
         "parameters": 812_544 if decoder else 183_220 + rng.randrange(999), "tokens": 2_457_600 if decoder else 104_211,
-        "flops": 1_198_000_000_000 if decoder else 0, "seconds": rng.uniform(8, 40) if decoder else rng.uniform(0.1, 1),
+        "seconds": rng.uniform(8, 40) if decoder else rng.uniform(0.1, 1),
         "git_commit": "4f0c2e9d1b", "versions": {"jax": "0.10.2", "flax": "0.12.8"}, "device": "cpu",
         "finished": "2026-01-02T03:04:05+00:00", "metrics": _metrics(entry, rng), "samples": _samples(entry, rng),
     }  # fmt: skip
     if decoder:
+        made["flops"] = 1_198_000_000_000
         made["curve"] = _curve(rng, distilled=entry["name"] == "student")
         made["predictions"] = [_prediction(context, rng) for context in CONTEXTS]
         made["agreement"] = {"teacher@0": {"top1": rng.uniform(0.5, 0.7), "forward_kl": rng.uniform(0.3, 0.6)}}

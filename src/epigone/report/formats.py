@@ -18,7 +18,7 @@ def count(value: float | None) -> str:
 
 
 def real(value: float | None) -> str:
-    """Three to four significant digits without an exponent where that is readable: 0.1234, 61.2, 467.8, 12 345."""
+    """Few digits, no exponent where that is readable: 0.123, 7.36, 61.2, 467.8, 12 345; absent -> an empty string."""
     if value is None:
         return ""
     if not math.isfinite(value):
@@ -30,6 +30,8 @@ def real(value: float | None) -> str:
         return f"{value:,.0f}".replace(",", " ")
     if size >= 10:
         return f"{value:.1f}"
+    if size >= 1:
+        return f"{value:.2f}"
     return f"{value:.3g}" if size < 1e-3 else f"{value:.3f}"
 
 

@@ -14,7 +14,7 @@ from epigone.report.summaries import spread
 
 ROLES = {"teacher": "c2", "text": "c0", "start": "c4"}
 _TRACK = {"text": 7.0, "teacher": 11.0, "start": 15.0}
-_BOX_W, _BOX_H, _ROW, _TOP, _LEFT, _LETTER = 66.0, 34.0, 78.0, 34.0, 10.0, 6.6
+_BOX_W, _BOX_H, _ROW, _TOP, _LEFT, _LETTER = 66.0, 34.0, 67.0, 34.0, 10.0, 6.6
 
 
 @dataclass(frozen=True)
@@ -68,9 +68,7 @@ def layout(run: Run) -> Layout:
     columns = {g: i for i, g in enumerate(sorted({generation for _, generation in groups}))}
     step = max(_BOX_W + 22, min(150.0, 990 / max(1, len(columns) - 1)))
     rows, headings, total = _rows(groups, columns, step)
-    boxes = {
-        (name, g): Box(name, g, tuple(nodes), columns[g], rows[name]) for (name, g), nodes in groups.items()
-    }
+    boxes = {(name, g): Box(name, g, tuple(nodes), columns[g], rows[name]) for (name, g), nodes in groups.items()}
     return Layout(boxes, headings, total, columns, step)
 
 
@@ -105,18 +103,18 @@ def lineage_svg(run: Run) -> str:
     place = layout(run)
     size = f'viewBox="0 0 {place.width:.0f} {place.height:.0f}" style="min-width:{place.width * 0.8:.0f}px;'
     size += f'max-width:{place.width * 1.15:.0f}px"'
-    parts = [f'<svg class="lineage" role="img" aria-label="Lineage of {escape(run.name, quote=True)}" {size}>']
+    parts = [f'<svg class="lineage" role="img" aria-label="Lineage of {escape(run.name)}" {size}>']
     parts += [_heading(place, row, family) for row, family in place.headings.items()]
-    parts += [
-        f'<text class="axis" x="{_LEFT + _BOX_W / 2 + place.step * column:.0f}" y="16">generation {generation}</text>'
-        if column == 0 or place.step > 110
-        else f'<text class="axis" x="{_LEFT + _BOX_W / 2 + place.step * column:.0f}" y="16">{generation}</text>'
-        for generation, column in place.columns.items()
-    ]
+    parts += [_axis(place, generation, column) for generation, column in place.columns.items()]
     parts += [_edge(place, source, box, role) for box in place.boxes.values() for source, role in _sources(place, box)]
     first = {name: min(g for other, g in place.boxes if other == name) for name, _ in place.boxes}
     parts += [_box(place, box, named=first[box.name] == box.generation) for box in place.boxes.values()]
     return "\n".join([*parts, "</svg>"])
+
+
+def _axis(place: Layout, generation: int, column: int) -> str:
+    word = "generation " if column == 0 or place.step > 110 else ""
+    return f'<text class="axis" x="{_LEFT + _BOX_W / 2 + place.step * column:.0f}" y="16">{word}{generation}</text>'
 
 
 def _heading(place: Layout, row: int, family: str) -> str:
@@ -134,12 +132,12 @@ def _sources(place: Layout, box: Box) -> list[tuple[Box, str]]:
 def _edge(place: Layout, source: Box, target: Box, role: str) -> str:
     columns = target.column - source.column
     shape = _loop if columns < 1 else _near if columns == 1 else _far
-    variable = ROLES.get(role, "muted")
-    title = f"{source.ident} is {role} of {target.ident}"
+    far = " far" if columns > 1 else ""
+    ends = f'data-role="{escape(role)}" data-from="{escape(source.ident)}" data-to="{escape(target.ident)}"'
     return (
-        f'<path class="edge{" far" if columns > 1 else ""}" style="stroke:var(--{variable})" d="{shape(place, source, target, role)}"'
-        f' data-role="{escape(role, quote=True)}" data-from="{escape(source.ident, quote=True)}" data-to="{escape(target.ident, quote=True)}">'
-        f"<title>{escape(title)}</title></path>"
+        f'<path class="edge{far}" style="stroke:var(--{ROLES.get(role, "muted")})" {ends}'
+        f' d="{shape(place, source, target, role)}"><title>{escape(source.ident)} is {escape(role)} of'
+        f" {escape(target.ident)}</title></path>"
     )
 
 
@@ -176,10 +174,14 @@ def _box(place: Layout, box: Box, named: bool) -> str:
     keys = " ".join(node.key for node in box.nodes)
     label = f'<text class="name" x="{x:.1f}" y="{y - 6:.1f}">{escape(box.name)}</text>' if named else ""
     seeds = f' <tspan class="seeds">×{len(box.nodes)}</tspan>' if len(box.nodes) > 1 else ""
-    dot = f'<circle class="real" cx="{x + 5:.1f}" cy="{y + 5:.1f}" r="2.5"/>' if any(map(reads_real_text, grown)) else ""
+    dot = (
+        f'<circle class="real" cx="{x + 5:.1f}" cy="{y + 5:.1f}" r="2.5"/>'
+        if any(node.reads_real_text for node in grown)
+        else ""
+    )
     return (
-        f'<a class="box{state}" href="#node-{escape(box.nodes[0].key, quote=True)}"'
-        f' data-box="{escape(box.ident, quote=True)}" data-keys="{escape(keys, quote=True)}">{label}'
+        f'<a class="box{state}" href="#node-{escape(box.nodes[0].key)}"'
+        f' data-box="{escape(box.ident)}" data-keys="{escape(keys)}">{label}'
         f'<rect x="{x:.1f}" y="{y:.1f}" width="{_BOX_W}" height="{_BOX_H}" rx="7"/>{dot}'
         f'<text x="{middle:.1f}" y="{y + 14.5:.1f}">@{box.generation}{seeds}</text>'
         f'<text class="value" x="{middle:.1f}" y="{y + 27.5:.1f}">{escape(_value(box, grown))}</text>'
@@ -194,8 +196,3 @@ def _value(box: Box, grown: list[Node]) -> str:
         return f"{len(grown)} of {len(box.nodes)}"
     value = spread(node.metric("perplexity") for node in grown)
     return real(value.mean) if value else "grown"
-
-
-def reads_real_text(node: Node) -> bool:
-    """Whether a data card of the node has no parents: text that no model wrote."""
-    return any(isinstance(card, dict) and not card.get("parents") for card in node.get("data", []))

@@ -64,6 +64,7 @@ function lessons(box) {
 function show(box) {
   const source = document.querySelector("#nodes table");
   const table = document.createElement("table");
+  table.className = "sortable";
   table.append(source.tHead.cloneNode(true), document.createElement("tbody"));
   for (const header of table.tHead.rows[0].cells) header.removeAttribute("aria-sort");
   for (const key of box.dataset.keys.split(" ")) {

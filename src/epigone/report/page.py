@@ -7,7 +7,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from epigone.report import sections
-from epigone.report.graph import lineage_svg, reads_real_text
+from epigone.report.graph import lineage_svg
 from epigone.report.plots import draw_all
 from epigone.report.records import Run, load_run
 from epigone.report.summaries import Comparison, Series, comparisons, generation_series
@@ -57,7 +57,7 @@ def render(run: Run, series: list[Series], compared: list[Comparison], figures: 
         figures={name: Markup(svg) for name, svg in figures.items()},
         diversity=[Markup(svg) for name, svg in figures.items() if name.startswith("diversity")],
         lineage=Markup(lineage_svg(run)),
-        has_real_text=any(reads_real_text(node) for node in run.grown),
+        lessons=sections.lessons(run),
         headlines=sections.headlines(run, series, compared),
         facts=sections.facts(run),
         bands=sections.bands(series),

@@ -32,11 +32,12 @@ MOST_PANELS = 24
 def draw_all(run: Run, series: list[Series], compared: list[Comparison], directory: Path) -> dict[str, str]:
     """Every figure that the records allow: writes directory/NAME.png, returns {NAME: inline SVG}."""
     directory.mkdir(parents=True, exist_ok=True)
+    grouped = families(series).values()
     with house_style():
         figures = {
             "perplexity": perplexity_figure(series),
             "student-control": comparison_figure(compared),
-            **{f"diversity-{i}": diversity_figure(group) for i, group in enumerate(families(series).values())},
+            **{f"diversity-{i}": diversity_figure(group, regimes(series)) for i, group in enumerate(grouped)},
             "curves": curves_figure(run),
         }
         labels = {"perplexity": "Held-out perplexity against generation", "student-control": "Student against control",
@@ -76,18 +77,19 @@ def perplexity_figure(series: list[Series]) -> Figure | None:
     return figure
 
 
-def diversity_figure(group: list[Series]) -> Figure | None:
+def diversity_figure(group: list[Series], order: dict[str, int]) -> Figure | None:
     """Small multiples of coherence and diversity for the series of one family."""
     metrics = [name for name in DIVERSITY if _has(group, name)]
     if not metrics:
         return None
     figure, panels = grid(len(metrics), columns=4, height=2.05)
     for axes, metric in zip(panels, metrics, strict=True):
-        _curves(axes, group, regimes(group), metric, log=False)
+        _curves(axes, group, order, metric, log=False)
+        whole_numbers(axes, most=5)
         axes.set_title(DIVERSITY[metric], fontsize=9.5)
         axes.locator_params(axis="y", nbins=5)
-    handles, names = panels[0].get_legend_handles_labels()
-    figure.legend(handles, names, loc="outside upper left", ncols=len(names))
+    handles, names = max((axes.get_legend_handles_labels() for axes in panels), key=lambda found: len(found[1]))
+    figure.legend(handles, [f"{group[0].family} · {name}" for name in names], loc="outside upper left", ncols=5)
     return figure
 
 
@@ -116,7 +118,7 @@ def _line(axes: Axes, label: str, points: dict[int, Spread], index: int) -> None
 
 
 def comparison_figure(compared: list[Comparison]) -> Figure | None:
-    """For each comparison: the pairs of each seed with the teacher's line, and the mean difference with its interval."""
+    """For each comparison: each seed's pair with the teacher's line, and the mean difference with its interval."""
     if not compared:
         return None
     figure = Figure(figsize=(11.5, 3.4 * len(compared)), layout="constrained")

@@ -24,6 +24,9 @@ from typing import Any
 
 from epigone.errors import Fault, UserError
 
+# (key, identity) -> (record, its path in the run)
+Records = dict[tuple[str, str], tuple[dict[str, Any], str]]
+
 
 @dataclass(frozen=True)
 class Parent:
@@ -35,7 +38,7 @@ class Parent:
 
 @dataclass(frozen=True)
 class Node:
-    """A node of the lineage with its record, or with `record=None` while it is pending."""
+    """A node of the lineage with its record and the record's path in the run; None and "" while it is pending."""
 
     key: str
     name: str
@@ -46,6 +49,7 @@ class Node:
     parents: tuple[Parent, ...] = ()
     labels: dict[str, str] = field(default_factory=dict)
     record: dict[str, Any] | None = None
+    path: str = ""
 
     @property
     def family(self) -> str:
@@ -58,6 +62,16 @@ class Node:
     @property
     def role(self) -> str:
         return self.labels.get("role") or ""
+
+    @property
+    def group(self) -> str:
+        """The name at its generation: what the seeds of one recipe share."""
+        return f"{self.name}@{self.generation}"
+
+    @property
+    def reads_real_text(self) -> bool:
+        """Whether a data card of the record has no parents: text that no model wrote."""
+        return any(not card.get("parents") for card in self.get("data", []))
 
     def get(self, name: str, default: Any = None) -> Any:
         """A field of the record, or `default` where the record or the field is absent."""
@@ -138,13 +152,17 @@ def _read_object(path: Path) -> dict[str, Any]:
     return value
 
 
-def _read_records(directory: Path) -> dict[tuple[str, str], dict[str, Any]]:
-    records = (_read_object(path) for path in sorted(directory.glob("nodes/*/record.json")))
-    return {(str(record.get("key")), str(record.get("identity"))): record for record in records}
+def _read_records(directory: Path) -> Records:
+    records: Records = {}
+    for path in sorted(directory.glob("nodes/*/record.json")):
+        record = _read_object(path)
+        records[str(record.get("key")), str(record.get("identity"))] = (record, path.relative_to(directory).as_posix())
+    return records
 
 
-def _node(entry: dict[str, Any], records: dict[tuple[str, str], dict[str, Any]]) -> Node:
+def _node(entry: dict[str, Any], records: Records) -> Node:
     key, identity = str(entry["key"]), str(entry["identity"])
+    record, path = records.get((key, identity), (None, ""))
     return Node(
         key=key,
         name=str(entry["name"]),
@@ -154,5 +172,6 @@ def _node(entry: dict[str, Any], records: dict[tuple[str, str], dict[str, Any]])
         kind=str(entry.get("kind") or ""),
         parents=tuple(Parent(str(p["key"]), str(p.get("role") or "text")) for p in entry.get("parents") or ()),
         labels={str(k): str(v) for k, v in (entry.get("labels") or {}).items() if v},
-        record=records.get((key, identity)),
+        record=record,
+        path=path,
     )

@@ -12,7 +12,7 @@ from epigone.report.summaries import Comparison, Series, spread
 # Longest text of a sample and most samples of a node on the page; records keep the rest.
 _LETTERS, _SAMPLES, _WORDS = 320, 4, 8
 # Metrics with a column of their own in the table of nodes.
-_COLUMNS = {"perplexity": "perplexity", "bits_per_byte": "bits / byte", "ece": "calibration error",
+_COLUMNS = {"perplexity": "perplexity", "bits_per_byte": "bits/byte", "ece": "calib. error",
             "distinct_2": "distinct-2", "vocabulary": "vocabulary"}  # fmt: skip
 
 
@@ -35,7 +35,7 @@ class Samples(NamedTuple):
 
 
 class Word(NamedTuple):
-    """One predicted word: its probability, the width of its bar in per cent, and whether the first column has it too."""
+    """One predicted word: probability, width of its bar in per cent, and whether the first column has it too."""
 
     text: str
     probability: float
@@ -63,17 +63,18 @@ def headlines(run: Run, series: list[Series], compared: list[Comparison]) -> lis
     found += [headline for one in series if (headline := _growth_headline(one))]
     seconds = [value for node in run.grown if (value := finite(node.get("seconds"))) is not None]
     tokens = [value for node in run.grown if (value := finite(node.get("tokens"))) is not None]
-    grown = f"{len(run.grown)} of {len(run.nodes)}"
     if seconds:
         note = f"{count(math.fsum(tokens))} tokens learned" if tokens else "sum over nodes"
         found.append(Headline(duration(math.fsum(seconds)), "growing time, sum over nodes", note))
-    found.append(Headline(grown, "nodes grown", "the others are pending" if len(run.grown) < len(run.nodes) else "all done"))
+    note = "all done" if len(run.grown) == len(run.nodes) else "the others are pending"
+    found.append(Headline(f"{len(run.grown)} of {len(run.nodes)}", "nodes grown", note))
     return found
 
 
 def _comparison_headline(one: Comparison) -> Headline:
     label = f"perplexity, {one.student} minus {one.control}"
-    return Headline(_signed(one.difference), label, verdict(one), {"better": "good", "worse": "bad"}.get(one.verdict, ""))
+    tone = {"better": "good", "worse": "bad"}.get(one.verdict, "")
+    return Headline(_signed(one.difference), label, verdict(one), tone)
 
 
 def verdict(one: Comparison) -> str:
@@ -99,6 +100,16 @@ def _growth_headline(one: Series) -> Headline | None:
     seeds = f"{points[last].count} seeds" if points[last].count > 1 else "1 seed"
     note = f"{real(start)} → {real(end)}, generation {first} to {last}, {seeds}"
     return Headline(ratio, f"perplexity, {one.family} · {one.regime}", note)
+
+
+def lessons(run: Run) -> list[tuple[str, str]]:
+    """The key to the drawing of the lineage: (role, meaning) of what occurs in it."""
+    meanings = {"teacher": "scores of a teacher", "text": "text that a model wrote", "start": "weights to start from"}
+    used = {parent.role for node in run.nodes for parent in node.parents}
+    found = [(role, meaning) for role, meaning in meanings.items() if role in used]
+    if any(node.reads_real_text for node in run.grown):
+        found.append(("real", "learns real text"))
+    return found
 
 
 def not_drawn(series: list[Series]) -> list[str]:
@@ -161,30 +172,30 @@ def _clip(text: Any) -> str:
 
 def predictions(run: Run, compared: list[Comparison]) -> list[Predictions]:
     """Each context's most probable next words under teacher, student and control, or under the first few nodes."""
-    nodes = [node for node in _predictors(run, compared) if node.get("predictions")]
-    contexts = dict.fromkeys(str(p["context"]) for node in nodes for p in node.get("predictions"))
+    nodes = [(node, role) for node, role in _predictors(run, compared) if node.get("predictions")]
+    contexts = dict.fromkeys(str(p["context"]) for node, _ in nodes for p in node.get("predictions"))
     return [Predictions(context, _columns(nodes, context)) for context in contexts]
 
 
-def _predictors(run: Run, compared: list[Comparison]) -> list[Node]:
+def _predictors(run: Run, compared: list[Comparison]) -> list[tuple[Node, str]]:
     if not compared:
-        return [node for node in run.grown if node.get("predictions")][:3]
-    nodes = []
+        return [(node, "") for node in run.grown if node.get("predictions")][:3]
+    found: list[tuple[Node, str]] = []
     for one in compared:
         seed = one.pairs[0][0]
-        pair = [node for name in (one.student, one.control) for node in run.nodes
-                if node.seed == seed and f"{node.name}@{node.generation}" == name]  # fmt: skip
-        nodes += [*one.teachers[:1], *pair]
-    return list({node.key: node for node in nodes}.values())
+        found += [(teacher, "teacher") for teacher in one.teachers[:1]]
+        for name, role in ((one.student, "student"), (one.control, "control")):
+            found += [(node, role) for node in run.nodes if node.group == name and node.seed == seed]
+    return list({node.key: (node, role) for node, role in found}.values())
 
 
-def _columns(nodes: list[Node], context: str) -> list[tuple[str, str, list[Word]]]:
-    tops = [(node, _top(node, context)) for node in nodes]
-    highest = max((p for _, top in tops for _, p in top), default=1.0) or 1.0
-    first = {word for word, _ in tops[0][1]}
+def _columns(nodes: list[tuple[Node, str]], context: str) -> list[tuple[str, str, list[Word]]]:
+    tops = [(node.key, role, _top(node, context)) for node, role in nodes]
+    highest = max((p for *_, top in tops for _, p in top), default=1.0) or 1.0
+    first = {word for word, _ in tops[0][2]}
     return [
-        (node.key, node.role, [Word(w, p, 100 * p / highest, i > 0 and w in first) for w, p in top])
-        for i, (node, top) in enumerate(tops)
+        (key, role, [Word(word, p, 100 * p / highest, i > 0 and word in first) for word, p in top])
+        for i, (key, role, top) in enumerate(tops)
     ]
 
 
@@ -198,10 +209,10 @@ def _top(node: Node, context: str) -> list[tuple[str, float]]:
 
 def compared_table(run: Run, one: Comparison) -> list[tuple[str, list[str]]]:
     """Rows of teacher, student, control: perplexity, calibration, agreement with the teacher; mean (lowest-highest)."""
-    names = [*dict.fromkeys(f"{t.name}@{t.generation}" for t in one.teachers), one.student, one.control]
+    names = [*dict.fromkeys(teacher.group for teacher in one.teachers), one.student, one.control]
     rows = []
     for name in names:
-        nodes = [node for node in run.grown if f"{node.name}@{node.generation}" == name]
+        nodes = [node for node in run.grown if node.group == name]
         agreed = [_agreement(node, one) for node in nodes]
         cells = [_range(n.metric("perplexity") for n in nodes), _range(n.metric("ece") for n in nodes), _range(agreed)]
         rows.append((name, [str(len(nodes)), *cells]))
@@ -231,17 +242,12 @@ def _shown(run: Run) -> list[str]:
 
 def node_cells(run: Run, node: Node) -> list[Cell]:
     """A row of the table of nodes, but for the node's own name."""
-    parents = ", ".join(f"{parent.key} ({parent.role})" for parent in _brief(node))
+    parents = _many([f"{parent.key} ({parent.role})" for parent in reversed(node.parents)], most=2)
     sizes = [number(node.get(name)) for name in ("parameters", "tokens", "flops")]
     cells = [Cell(parents), *(Cell(count(size), size) for size in sizes)]
     seconds = number(node.get("seconds"))
     cells.append(Cell(duration(seconds), seconds))
     return cells + [Cell(real(value), value) for value in (node.metric(name) for name in _shown(run))]
-
-
-def _brief(node: Node) -> list[Any]:
-    """At most three parents, the latest ones; the data cards have them all."""
-    return list(node.parents[-3:])
 
 
 def facts(run: Run) -> list[tuple[str, str]]:
@@ -275,8 +281,8 @@ def cards(run: Run) -> list[tuple[str, str, list[tuple[str, str]]]]:
     ]
 
 
-def _many(keys: list[str]) -> str:
-    return ", ".join(keys) if len(keys) <= 4 else f"{', '.join(keys[:3])} and {len(keys) - 3} more"
+def _many(keys: list[str], most: int = 3) -> str:
+    return ", ".join(keys[:most]) + (f" and {len(keys) - most} more" if len(keys) > most else "")
 
 
 def _plain(value: Any) -> str:

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from io import BytesIO, StringIO
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 from matplotlib.axes import Axes
@@ -21,7 +22,7 @@ INK, MUTED, LINE = "#1c2127", "#66707b", "#dfe3e8"
 PALETTE = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7a5195")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 
-_RC = {
+_RC: dict[Any, Any] = {
     "font.size": 10, "font.family": "sans-serif", "svg.fonttype": "none", "svg.hashsalt": "epigone",
     "text.color": INK, "axes.edgecolor": MUTED, "axes.labelcolor": MUTED, "axes.titlecolor": INK,
     "xtick.color": MUTED, "ytick.color": MUTED, "axes.titlesize": 10.5, "axes.titlelocation": "left",
@@ -57,9 +58,9 @@ def grid(panels: int, columns: int, width: float = 11.5, height: float = 2.5) ->
     return figure, cells[:panels]
 
 
-def whole_numbers(axes: Axes) -> None:
-    """Ticks of generations: whole numbers only."""
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=11, min_n_ticks=1))
+def whole_numbers(axes: Axes, most: int = 11) -> None:
+    """Ticks of generations: whole numbers only, at most `most` steps."""
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=most, min_n_ticks=1))
 
 
 def fit_scale(axes: Axes, values: list[float], ratio: float = 3.0) -> None:
@@ -67,8 +68,9 @@ def fit_scale(axes: Axes, values: list[float], ratio: float = 3.0) -> None:
     if not values or min(values) <= 0 or max(values) < ratio * min(values):
         return
     axes.set_yscale("log")
-    decades = max(values) / min(values)
-    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if decades < 300 else (1,), numticks=12))
+    span = max(values) / min(values)
+    subs = (1.0, 1.5, 2.0, 3.0, 5.0, 7.0) if span < 12 else (1.0, 2.0, 5.0) if span < 300 else (1.0,)
+    axes.yaxis.set_major_locator(LogLocator(subs=subs, numticks=12))
     axes.yaxis.set_minor_locator(NullLocator())
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.10g}".replace(",", " ")))
     axes.yaxis.set_minor_formatter(NullFormatter())

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import stats
 
-from epigone.report.records import Node, Run
+from epigone.report.records import Node, Run, finite
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ class Comparison:
 
     @property
     def verdict(self) -> str:
-        """"better", "worse", "tie" (the interval contains 0), or "one seed" (no interval)."""
+        """ "better", "worse", "tie" (the interval contains 0), or "one seed" (no interval)."""
         if self.low is None or self.high is None:
             return "one seed"
         if self.low <= 0.0 <= self.high:
@@ -129,13 +129,13 @@ def _ancestor(run: Run, first: Node) -> Node | None:
 def comparisons(run: Run) -> list[Comparison]:
     """Every student (label role) against every control of its family and generation, where both are grown."""
     students, controls = _by_group(run, "student"), _by_group(run, "control")
-    found = []
-    for (family, generation, student), student_nodes in students.items():
-        for (other, level, control), control_nodes in controls.items():
-            if (family, generation) == (other, level):
-                comparison = _compare(run, f"{student}@{generation}", student_nodes, f"{control}@{level}", control_nodes)
-                found += [comparison] if comparison else []
-    return found
+    pairs = (
+        _compare(run, ours, theirs)
+        for (family, generation, _), ours in students.items()
+        for (other, level, _), theirs in controls.items()
+        if (family, generation) == (other, level)
+    )
+    return [one for one in pairs if one is not None]
 
 
 def _by_group(run: Run, role: str) -> dict[tuple[str, int, str], list[Node]]:
@@ -146,21 +146,19 @@ def _by_group(run: Run, role: str) -> dict[tuple[str, int, str], list[Node]]:
     return groups
 
 
-def _compare(
-    run: Run, student: str, student_nodes: list[Node], control: str, control_nodes: list[Node]
-) -> Comparison | None:
-    scores = {node.seed: node.metric("perplexity") for node in control_nodes}
-    triples = [(node.seed, node.metric("perplexity"), scores.get(node.seed)) for node in student_nodes]
+def _compare(run: Run, students: list[Node], controls: list[Node]) -> Comparison | None:
+    scores = {node.seed: finite(node.metric("perplexity")) for node in controls}
     pairs = tuple(
-        (seed, ours, theirs)
-        for seed, ours, theirs in sorted(triples, key=lambda triple: triple[0])
-        if ours is not None and theirs is not None and math.isfinite(ours) and math.isfinite(theirs)
+        (node.seed, ours, theirs)
+        for node in sorted(students, key=lambda node: node.seed)
+        if (ours := finite(node.metric("perplexity"))) is not None and (theirs := scores.get(node.seed)) is not None
     )
     if not pairs:
         return None
     differences = [ours - theirs for _, ours, theirs in pairs]
     low, high = paired_interval(differences) or (None, None)
-    keys = [p.key for node in student_nodes for p in node.parents if p.role == "teacher"]
-    teachers = tuple(node for key in dict.fromkeys(keys) if (node := run.by_key.get(key)))
+    keys = dict.fromkeys(p.key for node in students for p in node.parents if p.role == "teacher")
+    teachers = tuple(run.by_key[key] for key in keys if key in run.by_key)
     mean = math.fsum(differences) / len(differences)
-    return Comparison(student, control, student_nodes[0].family, teachers, pairs, mean, low, high)
+    first = students[0]
+    return Comparison(first.group, controls[0].group, first.family, teachers, pairs, mean, low, high)

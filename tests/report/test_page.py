@@ -1,0 +1,206 @@
+import json
+import re
+import shutil
+import subprocess
+from html.parser import HTMLParser
+from urllib.parse import unquote
+
+import pytest
+from report.synthetic_run import HOSTILE, quickstart, record, write_run
+
+from epigone.report import write_report
+from epigone.report.records import load_run
+
+PROBE = """<script>
+  const box = document.querySelector('svg.lineage a[data-box="student@1"]');
+  box.dispatchEvent(new MouseEvent("click", { cancelable: true }));
+  const heads = [...document.querySelectorAll("#nodes th[scope=col]")];
+  heads.find((head) => head.textContent === "perplexity").click();
+  document.title = [document.querySelectorAll("#details tbody tr").length, document.querySelector("#nodes tbody tr").id,
+    document.documentElement.scrollWidth <= window.innerWidth ? "fits" : "too wide"].join(" ");
+</script>"""
+VOID = {"meta", "link", "br", "img", "input", "hr"}
+CHROMIUM = next((path for name in ("chromium", "google-chrome", "chrome") if (path := shutil.which(name))), None)
+
+
+class Page(HTMLParser):
+    """Tags in balance, ids, text, scripts and everything that a browser would load or follow."""
+
+    def __init__(self, text):
+        super().__init__(convert_charrefs=True)
+        self.open, self.ids, self.tags, self.text, self.loads, self.links = [], [], [], [], [], []
+        self.feed(text)
+        self.close()
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        if tag not in VOID:
+            self.open.append(tag)
+        self._attributes(tag, dict(attrs))
+
+    def handle_startendtag(self, tag, attrs):
+        self.tags.append(tag)
+        self._attributes(tag, dict(attrs))
+
+    def _attributes(self, tag, attrs):
+        self.ids += [attrs["id"]] if "id" in attrs else []
+        for name, value in attrs.items():
+            assert not name.startswith("on"), f"<{tag} {name}>"
+            if name in ("src", "srcset", "data", "poster") or (name.endswith("href") and tag != "a"):
+                self.loads.append(value)
+            elif name.endswith("href"):
+                self.links.append(value)
+
+    def handle_endtag(self, tag):
+        assert self.open, f"</{tag}> closes nothing"
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.text.append(data)
+
+
+@pytest.fixture(scope="module")
+def html(full_run):
+    return (full_run / "report.html").read_text(encoding="utf-8")
+
+
+@pytest.fixture(scope="module")
+def page(html):
+    return Page(html)
+
+
+def test_tags_are_balanced_and_ids_unique(page):
+    assert page.open == []
+    assert len(page.ids) == len(set(page.ids))
+
+
+def test_page_needs_no_other_file(full_run, html, page):
+    assert all(value.startswith(("data:", "#")) for value in page.loads), page.loads
+    assert not re.search(r"url\((?!['\"]?#)", html)
+    assert not re.search(r"@import|fetch\(|XMLHttpRequest|import\(", html)
+    assert page.tags.count("script") == 1
+    beside = {link for link in page.links if not link.startswith("#")}
+    assert {link[1:] for link in page.links if link.startswith("#")} <= set(page.ids)
+    assert {"results.json", "results.csv", "plots/"} < beside
+    assert all((full_run / unquote(link)).exists() for link in beside)
+
+
+def test_every_node_is_in_the_table_and_in_the_drawing(full_run, html, page):
+    keys = [node.key for node in load_run(full_run).nodes]
+    assert {f"node-{key}" for key in keys} <= set(page.ids)
+    drawn = [key for found in re.findall(r'data-keys="([^"]*)"', html) for key in found.split()]
+    assert sorted(drawn) == sorted(keys)
+
+
+def test_lessons_are_drawn_once_for_all_seeds(full_run, html):
+    nodes = load_run(full_run).nodes
+    group = {node.key: node.group for node in nodes}
+    expected = {(group[parent.key], node.group, parent.role) for node in nodes for parent in node.parents}
+    found = re.findall(r'data-role="([^"]*)"\s+data-from="([^"]*)"\s+data-to="([^"]*)"', html)
+    assert sorted((source, target, role) for role, source, target in found) == sorted(expected)
+
+
+def test_boxes_do_not_overlap(html):
+    svg = html[html.index('<svg class="lineage"') :]
+    boxes = re.findall(
+        r'<rect x="([\d.]+)" y="([\d.]+)" width="([\d.]+)" height="([\d.]+)"', svg[: svg.index("</svg>")]
+    )
+    places = [tuple(map(float, box)) for box in boxes]
+    assert len(places) == 31 + 10
+    for i, (x, y, wide, high) in enumerate(places):
+        assert all(abs(x - a) >= wide or abs(y - b) >= high for a, b, _, _ in places[:i])
+
+
+def test_texts_are_escaped(html, page):
+    assert HOSTILE not in html
+    assert "<script>alert" not in html
+    assert "<b>mountain" not in html
+    assert any(HOSTILE in text for text in page.text)
+
+
+def test_names_are_escaped_everywhere(tmp_path):
+    entry = quickstart(1, 1)[0]
+    bad = '"><script>alert(1)</script>'
+    entry |= {"key": bad, "name": bad, "labels": {"family": bad, "regime": bad, "role": "student"}}
+    other = entry | {"key": "c", "labels": entry["labels"] | {"role": "control"}, "name": "c", "identity": "0" * 16}
+    later = entry | {"key": bad + "1", "generation": 1, "parents": [{"key": bad, "role": bad}], "identity": "1" * 16}
+    made = record(entry, data=[{"name": bad, bad: bad}], device=bad, curve=[{"tokens": 1, "loss": 2.0}])
+    run = write_run(tmp_path, [entry, other, later], [], description=bad)
+    for name, one in (("a", made), ("b", record(other)), ("c", record(later, curve=made["curve"]))):
+        (run / "nodes" / name).mkdir(parents=True)
+        (run / "nodes" / name / "record.json").write_text(json.dumps(one))
+    html = write_report(run).read_text()
+    assert "<script>alert" not in html
+    assert Page(html).tags.count("script") == 1
+
+
+def test_sections_have_one_sentence_of_reading_help(html):
+    sections = re.findall(r'<section id="([\w-]+)">\s*<h2>[^<]+</h2>\s*<p>[^<]{40,}', html)
+    assert sections == ["lineage", "perplexity", "student-control", "diversity", "samples", "predictions", "curves",
+                        "nodes", "cards"]  # fmt: skip
+
+
+def test_plots_are_png_files(full_run):
+    names = {path.name for path in (full_run / "plots").iterdir()}
+    assert names == {"perplexity.png", "student-control.png", "diversity-0.png", "diversity-1.png", "curves.png"}
+    assert all(path.read_bytes().startswith(b"\x89PNG") for path in (full_run / "plots").iterdir())
+
+
+def test_figures_follow_the_theme(html):
+    charts = re.findall(r'<svg class="chart".*?</svg>', html, flags=re.S)
+    assert len(charts) == 5
+    assert all(not re.search(r"#[0-9a-f]{6}\b", re.sub(r'(href="|url\()#[^")]*', "", chart)) for chart in charts)
+
+
+def test_samples_show_first_middle_and_last_generation_of_one_seed(full_run, page):
+    text = "".join(page.text)
+    node = next(node for node in load_run(full_run).nodes if node.key == "trigram-replace@10")
+    assert " ".join(node.get("samples")[0].split())[:60] in text
+    assert not any("generation 7" in part for part in page.text)
+
+
+def test_one_node_alone(tmp_path):
+    entry = quickstart(1, 1)[0] | {"labels": {}, "name": "only", "key": "only@0"}
+    html = write_report(write_run(tmp_path, [entry], [record(entry)])).read_text()
+    assert Page(html).open == []
+    assert 'id="student-control"' not in html
+    assert "only@0" in html
+
+
+def test_pending_nodes_are_shown_as_pending(tmp_path):
+    entries = quickstart(2, 1)
+    html = write_report(write_run(tmp_path, entries, [])).read_text()
+    assert Page(html).open == []
+    assert "0 of " in html
+    assert html.count("<small>pending</small>") == len(entries)
+    assert list((tmp_path / "plots").iterdir()) == []
+
+
+def test_a_record_with_the_least_fields(tmp_path):
+    entry = quickstart(1, 1)[0]
+    html = write_report(
+        write_run(tmp_path, [entry], [{"key": entry["key"], "identity": entry["identity"]}])
+    ).read_text()
+    assert "1 of 1" in html
+
+
+def test_writing_again_replaces_and_leaves_nothing_behind(tmp_path):
+    entry = quickstart(1, 1)[0]
+    run = write_run(tmp_path, [entry], [record(entry)])
+    first, second = write_report(run).read_text(), write_report(run).read_text()
+    assert first == second
+    assert {path.name for path in run.iterdir()} == {
+        "lineage.json", "nodes", "plots", "report.html", "results.json", "results.csv"}  # fmt: skip
+
+
+if CHROMIUM:  # Elsewhere the page is checked as text alone.
+
+    def test_a_browser_sorts_the_table_and_opens_a_box(full_run, html, tmp_path):
+        copy = tmp_path / "probe.html"
+        copy.write_text(html.replace("</body>", PROBE + "</body>"))
+        flags = ["--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking",
+                 f"--user-data-dir={tmp_path}", "--window-size=1200,900"]  # fmt: skip
+        command = [CHROMIUM, *flags, "--dump-dom", copy.as_uri()]
+        dom = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
+        best = min(load_run(full_run).nodes, key=lambda node: node.metric("perplexity"))
+        assert re.search(r"<title>([^<]*)</title>", dom)[1] == f"3 node-{best.key} fits"

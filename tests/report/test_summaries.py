@@ -1,0 +1,100 @@
+import numpy as np
+import pytest
+from report.synthetic_run import key, quickstart, record, write_run
+from scipy import stats
+
+from epigone.report.records import load_run
+from epigone.report.summaries import comparisons, generation_series, paired_interval, spread
+
+
+def _compared(tmp_path, students, controls):
+    """The comparison of given perplexities, one pair a seed; None leaves a node without the metric."""
+    entries = [entry for entry in quickstart(1, len(students)) if entry["name"] in ("teacher", "student", "control")]
+    given = {"student": students, "control": controls}
+    records = []
+    for entry in entries:
+        value = given.get(entry["name"], [50.0])[entry["seed"]]
+        records.append(record(entry, metrics={} if value is None else {"perplexity": value}))
+    return comparisons(load_run(write_run(tmp_path, entries, records)))
+
+
+def test_interval_agrees_with_scipys_paired_test():
+    rng = np.random.default_rng(0)
+    ours, theirs = rng.normal(60, 3, 7), rng.normal(62, 3, 7)
+    expected = stats.ttest_rel(ours, theirs).confidence_interval(0.95)
+    assert paired_interval(ours - theirs) == pytest.approx((expected.low, expected.high), rel=1e-12)
+
+
+def test_interval_covers_the_truth_95_times_in_100():
+    rng = np.random.default_rng(1)
+    draws = rng.normal(0.7, 2.0, (2000, 4))
+    covered = sum(low <= 0.7 <= high for low, high in map(paired_interval, draws))
+    assert abs(covered - 1900) < 4 * np.sqrt(2000 * 0.95 * 0.05)
+    # Negative control: the normal quantile instead of Student's is too sure of four seeds.
+    half = 1.96 * draws.std(axis=1, ddof=1) / 2
+    assert np.sum(abs(draws.mean(axis=1) - 0.7) <= half) < 1900 - 4 * np.sqrt(2000 * 0.95 * 0.05)
+
+
+def test_one_seed_has_no_interval(tmp_path):
+    assert paired_interval([1.0]) is None
+    (one,) = _compared(tmp_path, [60.0], [70.0])
+    assert (one.difference, one.low, one.verdict) == (-10.0, None, "one seed")
+
+
+@pytest.mark.parametrize(
+    ("students", "controls", "verdict"),
+    [
+        ([60.0, 61.0, 62.0], [70.0, 71.5, 71.0], "better"),
+        ([70.0, 71.5, 71.0], [60.0, 61.0, 62.0], "worse"),
+        ([60.0, 72.0, 66.0], [66.0, 65.0, 67.0], "tie"),
+    ],
+)
+def test_verdict(tmp_path, students, controls, verdict):
+    (one,) = _compared(tmp_path, students, controls)
+    expected = stats.ttest_rel(students, controls).confidence_interval(0.95)
+    assert (one.low, one.high) == pytest.approx((expected.low, expected.high))
+    assert one.verdict == verdict
+    assert [teacher.key for teacher in one.teachers] == ["teacher@0"]
+
+
+def test_pairs_need_both_sides_and_finite_values(tmp_path):
+    (one,) = _compared(tmp_path, [60.0, None, float("inf"), 61.0], [70.0, 70.0, 70.0, 72.0])
+    assert one.pairs == ((0, 60.0, 70.0), (3, 61.0, 72.0))
+
+
+def test_a_series_begins_at_the_ancestor_of_its_seed(tmp_path):
+    entries = quickstart(3, 2)
+    series = {one.name: one for one in generation_series(load_run(write_run(tmp_path, entries, [])))}
+    assert set(series) == {"trigram-replace", "trigram-accumulate", "trigram-fresh", "self-replace", "self-accumulate"}
+    chain = series["trigram-accumulate"].chains[1]
+    assert [node.key for node in chain] == [key("trigram", 0, 1), *(key("trigram-accumulate", g, 1) for g in (1, 2, 3))]
+    assert [node.key for node in series["self-replace"].nodes(0)] == ["teacher@0"]
+
+
+def test_names_are_not_parsed(tmp_path):
+    entries = quickstart(3, 1)
+    text = {entry["name"]: f"x{i}" for i, entry in enumerate(entries)}
+    for entry in entries:
+        entry["key"] = f"{text[entry['name']]}@{entry['generation']}"
+        for parent in entry["parents"]:
+            name, generation = parent["key"].split("@")
+            parent["key"] = f"{text[name]}@{generation}"
+        entry["name"] = text[entry["name"]]
+    series = generation_series(load_run(write_run(tmp_path, entries, [])))
+    assert [one.regime for one in series] == ["replace", "accumulate", "fresh", "replace", "accumulate"]
+    assert all(one.generations == [0, 1, 2, 3] for one in series)
+
+
+def test_points_are_means_and_extremes_over_seeds(full_run):
+    run = load_run(full_run)
+    series = next(one for one in generation_series(run) if one.name == "trigram-fresh")
+    values = [node.metric("perplexity") for node in run.nodes if node.name == "trigram-fresh" and node.generation == 4]
+    point = series.points("perplexity")[4]
+    assert (point.mean, point.low, point.high, point.count) == (
+        pytest.approx(np.mean(values)), min(values), max(values), 3)  # fmt: skip
+    assert series.points("no such metric") == {}
+
+
+def test_spread_leaves_out_what_is_absent():
+    assert spread([None, None]) is None
+    assert spread([None, 2.0, 4.0]).count == 2
