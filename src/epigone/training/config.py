@@ -1,0 +1,66 @@
+"""What a training run is (part of a node's identity) and what it runs on (no part of it)."""
+
+from dataclasses import dataclass
+
+from epigone.errors import UserError
+from epigone.training.optimizer import Optimizer
+
+
+@dataclass(frozen=True)
+class Training:
+    """How long, on how much at once, and with which optimizer.
+
+    Attributes:
+        steps: number of updates.
+        batch_size: sequences an update, over all devices and micro-batches.
+        sequence_length: tokens a sequence.
+        optimizer: the optimizer and its learning rate.
+        ema_decay: decay of the running average of the weights, which is then the result; None for the last weights.
+        log_every: steps between two points of the recorded curve; each point is the mean since the one before.
+    """
+
+    steps: int = 200
+    batch_size: int = 16
+    sequence_length: int = 64
+    optimizer: Optimizer = Optimizer()
+    ema_decay: float | None = None
+    log_every: int = 10
+
+    def __post_init__(self) -> None:
+        _at_least_one("training", self, "steps", "batch_size", "sequence_length", "log_every")
+        if self.ema_decay is not None and not 0.0 <= self.ema_decay < 1.0:
+            raise UserError(f"training: ema_decay={self.ema_decay} is outside [0, 1)")
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """The mesh, and how much of the work is kept against a crash. Changes no result beyond rounding.
+
+    Attributes:
+        data: devices over which the batch is cut, each with all weights.
+        fsdp: devices over which the batch and the weights are cut.
+        tensor: devices over which heads, feed-forward and vocabulary are cut.
+        microbatches: parts into which a batch is cut in time, to save memory.
+        checkpoint_every_seconds: time between two checkpoints; None for none by time.
+        checkpoint_every_steps: steps between two checkpoints; None for none by steps.
+    """
+
+    data: int = 1
+    fsdp: int = 1
+    tensor: int = 1
+    microbatches: int = 1
+    checkpoint_every_seconds: float | None = 60.0
+    checkpoint_every_steps: int | None = None
+
+    def __post_init__(self) -> None:
+        _at_least_one("hardware", self, "data", "fsdp", "tensor", "microbatches", "checkpoint_every_steps")
+        seconds = self.checkpoint_every_seconds
+        if seconds is not None and seconds < 0:
+            raise UserError(f"hardware: checkpoint_every_seconds={seconds} is negative: give a time, or None for none")
+
+
+def _at_least_one(what: str, config: object, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        if value is not None and value < 1:
+            raise UserError(f"{what}: {name}={value} must be at least 1")

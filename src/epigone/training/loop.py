@@ -1,0 +1,201 @@
+"""The trainer. One function, read from top to bottom."""
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from epigone.errors import Fault
+from epigone.lessons.objective import Objective
+from epigone.models import decoder
+from epigone.models.config import DecoderConfig
+from epigone.models.sharding import make_mesh
+from epigone.teachers import Batch, Teacher, check_compatible
+from epigone.training.checkpoint import Checkpointer
+from epigone.training.config import Hardware, Training
+from epigone.training.metrics import Clock, Events, Progress, StepReport
+from epigone.training.sharding import check_divisible, to_mesh
+from epigone.training.step import programs
+from epigone.training.stopping import Stopped, StopRequest
+
+__all__ = ["Hardware", "StepReport", "Stopped", "Trained", "Training", "train"]
+
+
+class Batches(Protocol):
+    """Batches by step: this process's part of each, the same after a restart."""
+
+    def iterate(self, start_step: int) -> Iterator[Batch]: ...
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What a training run gives.
+
+    Attributes:
+        params: the weights on the mesh: the averaged ones where the training has an ema_decay.
+        tokens: targets trained on, each by its weight.
+        flops: floating-point operations of student and teacher, padding included, recomputation not.
+        curve: points with step, tokens, seconds and the mean loss, gradient_norm and learning_rate since the last one.
+        seconds: training time, that before a restart included.
+    """
+
+    params: Any
+    tokens: int
+    flops: int
+    curve: list[dict[str, float]]
+    seconds: float
+
+
+def train(
+    model: DecoderConfig,
+    training: Training,
+    objective: Objective,
+    batches: Batches,
+    *,
+    seed: int,
+    identity: str,
+    directory: Path,
+    teacher: Teacher | None = None,
+    initial_params: Any = None,
+    hardware: Hardware = Hardware(),
+    on_step: Callable[[StepReport], None] | None = None,
+    key: str | None = None,
+) -> Trained:
+    """Train a decoder, from a checkpoint in `directory` if there is one: the result is the same to the bit.
+
+    Args:
+        model: the student, its vocab_size filled in.
+        training: steps, batch and optimizer.
+        objective: what the student's logits are held against.
+        batches: the data; batch `n` depends on nothing but `n`.
+        seed: of the initial weights.
+        identity: of the node; a checkpoint of another one is refused.
+        directory: for checkpoints and TensorBoard events.
+        teacher: gives scores, where the objective needs them.
+        initial_params: weights to start from instead of random ones; they are copied.
+        hardware: mesh, micro-batches, how often to write a checkpoint.
+        on_step: called with each finished step, while the next one runs.
+        key: the node's name for messages; its identity if absent.
+
+    Raises:
+        UserError: the parts do not fit each other, the mesh or the checkpoint. Nothing has run.
+        Fault: the loss or its gradient is not a number, or a checkpoint cannot be written.
+        Stopped: SIGTERM or SIGINT came, and a checkpoint has been written.
+    """
+    # ------------------------------------------------------------------ does it all fit?
+    mesh = make_mesh(hardware.data, hardware.fsdp, hardware.tensor)
+    check_divisible(training.batch_size, hardware.microbatches, mesh)
+    check_compatible(objective, teacher, vocab_size=model.vocab_size)
+    several, first = jax.process_count() > 1, jax.process_index() == 0
+    key = key or identity
+
+    with jax.set_mesh(mesh), StopRequest(several) as stop:
+        # -------------------------------------------------------------- the state: a checkpoint's, or a new one
+        begin, run_step = (program := programs(model, training, objective, teacher, mesh)).begin, program.step
+        checkpoints = Checkpointer(directory / "checkpoints", identity)
+        restored = checkpoints.restore(_abstract(begin, decoder.abstract(model), mesh))
+        if restored is not None:
+            state, about = restored
+            progress = Progress(**about)
+        else:
+            params = decoder.init(model, seed) if initial_params is None else _placed(initial_params, model)
+            state, progress = begin(params), Progress()
+            del params
+        start = int(state["step"])
+        teacher_params = teacher.place() if teacher else {}
+
+        # -------------------------------------------------------------- the steps
+        clock, events = Clock(progress), Events(directory / "events", active=first)
+        stream = batches.iterate(start) if start < training.steps else iter(())
+        saved_at, running = time.monotonic(), None
+
+        def finished(step: int, metrics: Any) -> None:
+            """Read the metrics of a step, which waits for it: called when the next one has been started."""
+            pairs = {name: (float(total), float(count)) for name, (total, count) in jax.device_get(metrics).items()}
+            loss = pairs["loss"][0] / pairs["loss"][1]
+            if not (math.isfinite(loss) and math.isfinite(pairs["gradient_norm"][0])):
+                raise Fault(
+                    f"node '{key}': at step {step} the loss is {loss:g} and the norm of its gradient "
+                    f"{pairs['gradient_norm'][0]:g}: lower the learning rate ({training.optimizer.learning_rate:g}), "
+                    "lengthen the warm-up, or clip gradients"
+                )
+            progress.add(pairs)
+            speed = clock.tick()
+            if step % training.log_every == 0 or step == training.steps:
+                events.write(progress.close(step))
+            if on_step is not None:
+                on_step(StepReport(step, training.steps, loss, round(progress.tokens), speed, progress.seconds))
+
+        try:
+            for step in range(start + 1, training.steps + 1):
+                batch = next(stream)
+                fetched = teacher.fetch(batch) if teacher else {}
+                batch, fetched = to_mesh((batch, fetched), hardware.microbatches, mesh)
+                state, metrics = run_step(state, teacher_params, batch, fetched)
+                if running is not None:
+                    finished(*running)
+                running = (step, metrics)
+
+                stopping = stop.at(step)
+                if step < training.steps and (stopping or _due(step, saved_at, training, hardware, several)):
+                    # Its own metrics first: a state that is not finite never becomes a checkpoint.
+                    finished(*running)
+                    running = None
+                    checkpoints.save(step, state, asdict(progress))
+                    saved_at = time.monotonic()
+                    if stopping:
+                        checkpoints.wait()
+                        raise Stopped(
+                            f"node '{key}' stopped at step {step} of {training.steps}; its checkpoint is whole"
+                        )
+            if running is not None:
+                finished(*running)
+        finally:
+            events.close()
+            checkpoints.close()
+
+    # ------------------------------------------------------------------ what came of it
+    per_token = decoder.flops_per_token(model, training.sequence_length, training=True)
+    per_token += teacher.flops_per_token(training.sequence_length) if teacher else 0
+    return Trained(
+        params=state["params"] if training.ema_decay is None else state["ema"],
+        tokens=round(progress.tokens),
+        flops=per_token * training.steps * training.batch_size * training.sequence_length,
+        curve=progress.curve,
+        seconds=progress.seconds,
+    )
+
+
+def _abstract(begin: Callable[[Any], Any], params: Any, mesh: jax.sharding.Mesh) -> Any:
+    """Shapes and shardings of the state, without making it."""
+
+    def on_mesh(leaf: Any) -> jax.ShapeDtypeStruct:
+        spec = leaf.sharding.spec if leaf.sharding else P()
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, spec))
+
+    return jax.tree.map(on_mesh, jax.eval_shape(begin, params))
+
+
+def _placed(params: Any, model: DecoderConfig) -> Any:
+    return jax.device_put(params, jax.tree.map(lambda leaf: leaf.sharding, decoder.abstract(model)))
+
+
+def _due(step: int, saved_at: float, training: Training, hardware: Hardware, several: bool) -> bool:
+    """Whether it is time for a checkpoint. Clocks of several processes differ: the first one's counts, now and then."""
+    every, seconds = hardware.checkpoint_every_steps, hardware.checkpoint_every_seconds
+    if every is not None and step % every == 0:
+        return True
+    if seconds is None:
+        return False
+    due = time.monotonic() - saved_at >= seconds
+    if not several:
+        return due
+    return step % training.log_every == 0 and bool(multihost_utils.broadcast_one_to_all(np.int32(due)))

@@ -1,0 +1,50 @@
+"""From each process's part of a batch to arrays on the mesh, cut into micro-batches."""
+
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from epigone.errors import UserError
+from epigone.models.sharding import Sharding
+
+BATCH_AXES = Sharding().B
+
+
+def check_divisible(batch_size: int, microbatches: int, mesh: Mesh) -> None:
+    """Refuse a batch that devices, micro-batches or processes cannot share equally.
+
+    Raises: UserError with the numbers.
+    """
+    devices = mesh.shape["data"] * mesh.shape["fsdp"]
+    if batch_size % (microbatches * devices):
+        raise UserError(
+            f"batch_size {batch_size} does not divide into {microbatches} micro-batches over {devices} devices (data x "
+            f"fsdp): make it a multiple of {microbatches * devices}, or change --hardware"
+        )
+    if devices % jax.process_count():
+        raise UserError(
+            f"the batch is cut over {devices} devices (data x fsdp), and {jax.process_count()} processes cannot share "
+            "them equally: raise data or fsdp"
+        )
+
+
+def to_mesh(local: Any, microbatches: int, mesh: Mesh) -> Any:
+    """A tree of host arrays [b, ...], this process's part, as global arrays [microbatches, B / microbatches, ...].
+
+    Which sequences share a micro-batch depends on the number of processes; sums over all micro-batches do not.
+    """
+    count = jax.process_count()
+
+    def place(array: Any) -> jax.Array:
+        array = np.asarray(array)
+        parts = array.reshape(microbatches, -1, *array.shape[1:])
+        sharding = NamedSharding(mesh, P(None, BATCH_AXES, *(None,) * (array.ndim - 1)))
+        if count == 1:
+            return jax.device_put(parts, sharding)
+        shape = (microbatches, parts.shape[1] * count, *array.shape[1:])
+        return jax.make_array_from_process_local_data(sharding, parts, shape)
+
+    return jax.tree.map(place, local)

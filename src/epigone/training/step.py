@@ -1,0 +1,121 @@
+"""The compiled programs of a training run: one for all nodes of the same shape in a process.
+
+Seeds, identities, weights and the teacher's weights are arguments, never constants of the program.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+
+from epigone.identity import fingerprint
+from epigone.lessons.objective import Objective
+from epigone.models import decoder
+from epigone.models.config import DecoderConfig
+from epigone.teachers import Batch, Teacher
+from epigone.training.config import Training
+from epigone.training.optimizer import learning_rate, transformation
+
+State = dict[str, Any]
+"""step (int32), params, optimizer, and ema where weights are averaged."""
+
+_programs: dict[Any, "Programs"] = {}
+
+
+@dataclass(frozen=True)
+class Programs:
+    """What is compiled for one shape of training.
+
+    Attributes:
+        begin: parameters -> the state before the first step, with copies of the parameters.
+        step: (state, teacher's parameters, batch, fetched) -> (state, metrics); the old state is donated.
+    """
+
+    begin: Callable[[Any], State]
+    step: Callable[[State, Any, Batch, Any], tuple[State, dict[str, tuple[jax.Array, jax.Array]]]]
+
+
+def programs(
+    model: DecoderConfig, training: Training, objective: Objective, teacher: Teacher | None, mesh: Mesh
+) -> Programs:
+    """The programs for this model, lesson and mesh; the same objects for equal configs."""
+    scores = teacher.logits if teacher else None
+    key = (fingerprint((model, training, objective, scores)), mesh)
+    if key not in _programs:
+        begin = jax.jit(partial(_begin, training))
+        step = jax.jit(partial(_step, model, training, objective, scores), donate_argnums=0)
+        _programs[key] = Programs(begin, step)
+    return _programs[key]
+
+
+def _begin(training: Training, params: Any) -> State:
+    params = jax.tree.map(jnp.copy, params)
+    state = {
+        "step": jnp.zeros((), jnp.int32),
+        "params": params,
+        "optimizer": transformation(training.optimizer, training.steps).init(params),
+    }
+    return state if training.ema_decay is None else state | {"ema": jax.tree.map(jnp.copy, params)}
+
+
+def _step(
+    model: DecoderConfig,
+    training: Training,
+    objective: Objective,
+    scores: Callable[..., jax.Array] | None,
+    state: State,
+    teacher_params: Any,
+    batch: Batch,
+    fetched: Any,
+) -> tuple[State, dict[str, tuple[jax.Array, jax.Array]]]:
+    """One update from a batch [microbatches, B, T]."""
+    # The sum of weights over all micro-batches, devices and hosts: every token counts the same, wherever it lies.
+    tokens = jnp.sum(batch.weights_BT)
+
+    def loss(params: Any, part: tuple[Batch, Any]) -> jax.Array:
+        batch, fetched = part
+        logits_BTV = decoder.apply(model, params, batch.tokens_BT, batch.positions_BT, batch.segments_BT)
+        teacher_BTV = scores(teacher_params, batch, fetched) if scores else None
+        loss_BT = objective.loss(logits_BTV, teacher_BTV, batch.targets_BT)
+        return jnp.sum(loss_BT * batch.weights_BT) / tokens
+
+    mean_loss, gradients = _accumulated(jax.value_and_grad(loss), state["params"], (batch, fetched))
+    updates, optimizer_state = _update(training, gradients, state)
+    params = optax.apply_updates(state["params"], updates)
+    new = {"step": state["step"] + 1, "params": params, "optimizer": optimizer_state}
+    if training.ema_decay is not None:
+        new["ema"] = optax.incremental_update(params, state["ema"], 1.0 - training.ema_decay)
+    one = jnp.ones(())
+    metrics = {
+        "loss": (mean_loss * tokens, tokens),
+        "gradient_norm": (optax.global_norm(gradients), one),
+        "learning_rate": (learning_rate(training.optimizer, training.steps)(state["step"]), one),
+    }
+    return new, metrics
+
+
+def _accumulated(value_and_grad: Callable[..., Any], params: Any, parts: Any) -> tuple[jax.Array, Any]:
+    """Sum of the loss and of its gradient over the micro-batches, one at a time."""
+    if jax.tree.leaves(parts)[0].shape[0] == 1:
+        return value_and_grad(params, jax.tree.map(lambda x: x[0], parts))
+
+    def add(sums: Any, part: Any) -> tuple[Any, None]:
+        return jax.tree.map(jnp.add, sums, value_and_grad(params, part)), None
+
+    zeros = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, params))
+    return jax.lax.scan(add, zeros, parts)[0]
+
+
+def _update(training: Training, gradients: Any, state: State) -> tuple[Any, Any]:
+    """The optimizer's step. Optax knows no explicit shardings: inside it, the compiler places what lies between."""
+    update = transformation(training.optimizer, training.steps).update
+    params, optimizer_state = state["params"], state["optimizer"]
+    if jax.sharding.get_abstract_mesh().empty:
+        return update(gradients, optimizer_state, params)
+    shardings = jax.tree.map(lambda x: jax.typeof(x).sharding, (params, optimizer_state))
+    return jax.sharding.auto_axes(update, out_sharding=shardings)(gradients, optimizer_state, params)
