@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 
 from epigone.report.formats import real
 from epigone.report.records import Node, Run, finite
-from epigone.report.style import INK, MUTED, colour, fit_scale, grid, house_style, marker, save, whole_numbers
+from epigone.report.style import INK, MUTED, colour, fit_scale, grid, house_style, marker, save, stroke, whole_numbers
 from epigone.report.summaries import Comparison, Series, Spread
 
 # Metrics of coherence and diversity in the order in which they are drawn; others are in the table only.
@@ -72,7 +72,7 @@ def perplexity_figure(series: list[Series]) -> Figure | None:
         _curves(axes, group, regimes(series), "perplexity")
         axes.set_title(name)
         axes.set_xlabel("generation")
-        axes.legend(loc="upper left")
+        axes.legend(loc="best" if len(group) > 4 else "upper left", ncols=1 + len(group) // 7)
     panels[0].set_ylabel("held-out perplexity (lower is better)")
     return figure
 
@@ -111,7 +111,8 @@ def _curves(axes: Axes, group: list[Series], order: dict[str, int], metric: str,
 
 def _line(axes: Axes, label: str, points: dict[int, Spread], index: int) -> None:
     generations, spreads = list(points), list(points.values())
-    axes.plot(generations, [p.mean for p in spreads], color=colour(index), marker=marker(index), label=label)
+    means = [p.mean for p in spreads]
+    axes.plot(generations, means, color=colour(index), marker=marker(index), linestyle=stroke(index), label=label)
     if any(p.count > 1 for p in spreads):
         low, high = [p.low for p in spreads], [p.high for p in spreads]
         axes.fill_between(generations, low, high, color=colour(index), alpha=0.18, linewidth=0)

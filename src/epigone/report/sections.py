@@ -11,6 +11,8 @@ from epigone.report.summaries import Comparison, Series, spread
 
 # Longest text of a sample and most samples of a node on the page; records keep the rest.
 _LETTERS, _SAMPLES, _WORDS = 320, 4, 8
+# Headlines are to be read at a glance: a population of fifty has its curves in the plot.
+_GROWTHS = 8
 # Metrics with a column of their own in the table of nodes.
 _COLUMNS = {"perplexity": "perplexity", "bits_per_byte": "bits/byte", "ece": "calib. error",
             "distinct_2": "distinct-2", "vocabulary": "vocabulary"}  # fmt: skip
@@ -60,7 +62,7 @@ class Cell(NamedTuple):
 def headlines(run: Run, series: list[Series], compared: list[Comparison]) -> list[Headline]:
     """The numbers that a reader takes away, all computed from the records."""
     found = [_comparison_headline(one) for one in compared]
-    found += [headline for one in series if (headline := _growth_headline(one))]
+    found += [headline for one in series if (headline := _growth_headline(one))][:_GROWTHS]
     seconds = [value for node in run.grown if (value := finite(node.get("seconds"))) is not None]
     tokens = [value for node in run.grown if (value := finite(node.get("tokens"))) is not None]
     if seconds:

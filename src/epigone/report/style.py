@@ -40,6 +40,11 @@ def marker(index: int) -> str:
     return MARKERS[index % len(MARKERS)]
 
 
+def stroke(index: int) -> str:
+    """Solid lines for the first round through the palette, dashed and dotted ones for the next."""
+    return ("-", "--", ":")[index // len(PALETTE) % 3]
+
+
 @contextmanager
 def house_style() -> Iterator[None]:
     """matplotlib settings of the report; figures must be made, filled and saved inside."""
