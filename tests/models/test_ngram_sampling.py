@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from epigone.errors import UserError
-from epigone.models.language_model import EOS
 from epigone.models.ngram import NGram, NGramModel
 from epigone.models.ngram_sampling import filtered
 from epigone.models.smoothing import kneser_ney, mle, witten_bell
