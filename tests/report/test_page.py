@@ -159,6 +159,19 @@ def test_samples_show_first_middle_and_last_generation_of_one_seed(full_run, pag
     assert not any("generation 7" in part for part in page.text)
 
 
+def test_next_words_of_teacher_student_and_control_stand_side_by_side(html):
+    section = html[html.index('<section id="predictions">') : html.index('<section id="curves">')]
+    assert re.findall(r"<h4>([^<]*)</h4>", section) == ["teacher@0", "student@1", "control@1"] * 3
+    assert section.count("<li") == 3 * 3 * 8
+
+
+def test_next_words_without_a_comparison_are_those_of_the_ends_of_each_series(tmp_path):
+    entries = [entry for entry in quickstart(3, 1) if entry["name"].startswith("self") or entry["name"] == "teacher"]
+    html = write_report(write_run(tmp_path, entries, [record(entry) for entry in entries])).read_text()
+    assert re.findall(r"<h4>([^<]*)</h4>", html)[:3] == ["teacher@0", "self-replace@3", "self-accumulate@3"]
+    assert "Dark knowledge" not in html
+
+
 def test_one_node_alone(tmp_path):
     entry = quickstart(1, 1)[0] | {"labels": {}, "name": "only", "key": "only@0"}
     html = write_report(write_run(tmp_path, [entry], [record(entry)])).read_text()

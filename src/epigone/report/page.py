@@ -65,7 +65,7 @@ def render(run: Run, series: list[Series], compared: list[Comparison], figures: 
         comparisons=[(one, sections.verdict(one), sections.compared_table(run, one)) for one in compared],
         samples=sections.samples(series),
         loose_samples=sections.loose_samples(run, series),
-        predictions=sections.predictions(run, compared),
+        predictions=sections.predictions(run, series, compared),
         columns=sections.node_columns(run),
         rows=[(node, sections.node_cells(run, node)) for node in run.nodes],
         cards=sections.cards(run),

@@ -105,6 +105,8 @@ def _curves(axes: Axes, group: list[Series], order: dict[str, int], metric: str,
             _line(axes, one.regime, points, order[one.regime])
             values += [value for p in points.values() for value in (p.low, p.high)]
     whole_numbers(axes)
+    if not any(values):
+        axes.set_ylim(0, 1)
     if log:
         fit_scale(axes, values)
 

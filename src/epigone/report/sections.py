@@ -9,8 +9,8 @@ from epigone.report.formats import count, duration, real
 from epigone.report.records import Node, Run, finite, number
 from epigone.report.summaries import Comparison, Series, spread
 
-# Longest text of a sample and most samples of a node on the page; records keep the rest.
-_LETTERS, _SAMPLES, _WORDS = 320, 4, 8
+# Most letters of a sample, samples of a node, words of a prediction, models side by side; records keep the rest.
+_LETTERS, _SAMPLES, _WORDS, _MODELS = 320, 4, 8, 4
 # Headlines are to be read at a glance: a population of fifty has its curves in the plot.
 _GROWTHS = 8
 # Metrics with a column of their own in the table of nodes.
@@ -172,23 +172,30 @@ def _clip(text: Any) -> str:
     return line if len(line) <= _LETTERS else line[:_LETTERS].rsplit(" ", 1)[0] + " …"
 
 
-def predictions(run: Run, compared: list[Comparison]) -> list[Predictions]:
-    """Each context's most probable next words under teacher, student and control, or under the first few nodes."""
-    nodes = [(node, role) for node, role in _predictors(run, compared) if node.get("predictions")]
-    contexts = dict.fromkeys(str(p["context"]) for node, _ in nodes for p in node.get("predictions"))
-    return [Predictions(context, _columns(nodes, context)) for context in contexts]
+def predictions(run: Run, series: list[Series], compared: list[Comparison]) -> list[Predictions]:
+    """Each context's most probable next words under the models that are worth a look side by side."""
+    chosen = _pairs(run, compared) or _ends(series) or [(node, "") for node in run.grown]
+    nodes = list({node.key: (node, role) for node, role in chosen if node.get("predictions")}.values())
+    shown = nodes if compared else nodes[:_MODELS]
+    contexts = dict.fromkeys(str(p["context"]) for node, _ in shown for p in node.get("predictions"))
+    return [Predictions(context, _columns(shown, context)) for context in contexts]
 
 
-def _predictors(run: Run, compared: list[Comparison]) -> list[tuple[Node, str]]:
-    if not compared:
-        return [(node, "") for node in run.grown if node.get("predictions")][:3]
+def _pairs(run: Run, compared: list[Comparison]) -> list[tuple[Node, str]]:
+    """Teacher, student and control of the lowest seed of each comparison, with their roles."""
     found: list[tuple[Node, str]] = []
     for one in compared:
-        seed = one.pairs[0][0]
         found += [(teacher, "teacher") for teacher in one.teachers[:1]]
         for name, role in ((one.student, "student"), (one.control, "control")):
-            found += [(node, role) for node in run.nodes if node.group == name and node.seed == seed]
-    return list({node.key: (node, role) for node, role in found}.values())
+            found += [(node, role) for node in run.nodes if node.group == name and node.seed == one.pairs[0][0]]
+    return found
+
+
+def _ends(series: list[Series]) -> list[tuple[Node, str]]:
+    """The first model of the first series, and the last grown model of each."""
+    chains = [[node for node in next(iter(one.chains.values())) if node.get("predictions")] for one in series]
+    chains = [chain for chain in chains if chain]
+    return [(chain[0], "") for chain in chains[:1]] + [(chain[-1], "") for chain in chains]
 
 
 def _columns(nodes: list[tuple[Node, str]], context: str) -> list[tuple[str, str, list[Word]]]:
@@ -255,7 +262,7 @@ def node_cells(run: Run, node: Node) -> list[Cell]:
 def facts(run: Run) -> list[tuple[str, str]]:
     """Commit, device, versions and time of the records, several values joined."""
     found = {
-        "commit": _values(node.get("git_commit") for node in run.grown),
+        "commit": _values(_short(str(node.get("git_commit", ""))) for node in run.grown),
         "device": _values(node.get("device") for node in run.grown),
         "software": _values(_versions(node.get("versions", {})) for node in run.grown),
         "finished": max((str(node.get("finished", "")) for node in run.grown), default=""),
@@ -265,6 +272,11 @@ def facts(run: Run) -> list[tuple[str, str]]:
 
 def _values(values: Iterable[Any]) -> str:
     return "; ".join(dict.fromkeys(str(value) for value in values if value))
+
+
+def _short(commit: str) -> str:
+    name, mark, changed = commit.partition("-")
+    return name[:12] + mark + changed
 
 
 def _versions(versions: dict[str, Any]) -> str:
