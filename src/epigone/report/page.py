@@ -6,7 +6,7 @@ from pathlib import Path
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from epigone.report import sections
+from epigone.report import reading, sections
 from epigone.report.graph import lineage_svg
 from epigone.report.plots import draw_all
 from epigone.report.records import Run, load_run
@@ -63,9 +63,9 @@ def render(run: Run, series: list[Series], compared: list[Comparison], figures: 
         bands=sections.bands(series),
         not_drawn=sections.not_drawn(series),
         comparisons=[(one, sections.verdict(one), sections.compared_table(run, one)) for one in compared],
-        samples=sections.samples(series),
-        loose_samples=sections.loose_samples(run, series),
-        predictions=sections.predictions(run, series, compared),
+        samples=reading.samples(series),
+        loose_samples=reading.loose_samples(run, series),
+        predictions=reading.predictions(run, series, compared),
         columns=sections.node_columns(run),
         rows=[(node, sections.node_cells(run, node)) for node in run.nodes],
         cards=sections.cards(run),
