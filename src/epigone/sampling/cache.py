@@ -7,22 +7,30 @@ document at any step, at no cost.
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
 
 from epigone.models.attention import MASKED, causal_mask, choose_attention
 from epigone.models.attention import attend as full_attention
 from epigone.models.decoder import Decoder, Weights, arrays, block
 from epigone.models.layers import soft_cap
-from epigone.models.sharding import in_mesh, placed
+from epigone.models.sharding import Sharding, in_mesh, out, placed
 
 Ring = tuple[jax.Array, jax.Array]
-"""Keys and values of one layer, [B, K, S, H] each."""
+"""Keys and values of one layer, [B K, S, H] each. Rows and heads are one axis, as in the products that read them:
+with two, the compiler would copy the ring at every step."""
+
+
+def ring_sharding(sharding: Sharding) -> P:
+    """Rings are cut over the axes of the batch and of the key heads; each device holds its own rows and heads."""
+    cut = [(axes,) if isinstance(axes, str) else axes or () for axes in (sharding.B, sharding.K)]
+    return P((*cut[0], *cut[1]) or None)
 
 
 def empty_rings(model: Decoder, rows: int, columns: int) -> list[Ring]:
     """Rings in which nothing is written yet, one a layer: each its own array, so that it is updated in place."""
     s = model.config.sizes
-    shape, cut = (rows, s.K, columns, s.H), model.sharding.activation("BKSH")
-    zeros = [placed(jnp.zeros(shape, model.config.compute_dtype), cut) for _ in range(2 * s.L)]
+    shape, cut = (rows * s.K, columns, s.H), out(ring_sharding(model.sharding))
+    zeros = [jnp.zeros(shape, model.config.compute_dtype, out_sharding=cut) for _ in range(2 * s.L)]
     return list(zip(zeros[::2], zeros[1::2], strict=True))
 
 
@@ -42,9 +50,20 @@ def prefill(
         return block(config, sharding, weights, x_BTD, angles, mix)
 
     _, kept = jax.lax.scan(layer, model.embed(tokens_BT, positions_BT), arrays(model.layers))
-    room = ((0, 0), (0, 0), (0, columns - tokens_BT.shape[1]), (0, 0))
-    k_LBKSH, v_LBKSH = (x.transpose(0, 1, 3, 2, 4) for x in kept)
-    return [(jnp.pad(k, room), jnp.pad(v, room)) for k, v in zip(k_LBKSH, v_LBKSH, strict=True)]
+    return [(_ring(sharding, k, columns), _ring(sharding, v, columns)) for k, v in zip(kept[0], kept[1], strict=True)]
+
+
+def _ring(sharding: Sharding, x_BTKH: jax.Array, columns: int) -> jax.Array:
+    """Keys or values of T tokens as the first columns of a ring."""
+
+    def local(x_BTKH: jax.Array) -> jax.Array:
+        B, T, K, H = x_BTKH.shape
+        return jnp.pad(x_BTKH.transpose(0, 2, 1, 3).reshape(B * K, T, H), ((0, 0), (0, columns - T), (0, 0)))
+
+    if not in_mesh():
+        return local(x_BTKH)
+    specs = {"in_specs": sharding.activation("BTKH"), "out_specs": ring_sharding(sharding)}
+    return jax.shard_map(local, **specs)(x_BTKH)
 
 
 def unstacked(model: Decoder) -> list[Weights]:
@@ -65,7 +84,7 @@ def read_one(
     A row at position p sees itself and the p columns before.
     """
     config, sharding = model.config, model.sharding
-    columns = rings[0][0].shape[2]
+    columns = rings[0][0].shape[1]
     column = step % columns
     age_S = (column - jnp.arange(columns)) % columns
     seen = jnp.minimum(position_B, (config.window or columns) - 1)
@@ -87,23 +106,22 @@ def _ring_mix(model: Decoder, ring: Ring, column: jax.Array, mask_BS: jax.Array)
 
     def local(q, k, v, keys, values, mask, column):
         B, _, N, H = q.shape
-        K, S = keys.shape[1:3]
-        keys = jax.lax.dynamic_update_slice_in_dim(keys, k.transpose(0, 2, 1, 3), column, axis=2)
-        values = jax.lax.dynamic_update_slice_in_dim(values, v.transpose(0, 2, 1, 3), column, axis=2)
+        K, S = k.shape[2], keys.shape[1]
+        keys = jax.lax.dynamic_update_slice_in_dim(keys, k.reshape(B * K, 1, H), column, axis=1)
+        values = jax.lax.dynamic_update_slice_in_dim(values, v.reshape(B * K, 1, H), column, axis=1)
         q = (q * H**-0.5).reshape(B * K, N // K, H)
-        products = (((2,), (2,)), ((0,), (0,)))
-        scores = jax.lax.dot_general(q, keys.reshape(B * K, S, H), products, preferred_element_type=jnp.float32)
+        scores = jax.lax.dot_general(q, keys, (((2,), (2,)), ((0,), (0,))), preferred_element_type=jnp.float32)
         scores = jnp.where(mask[:, None, None], soft_cap(scores, cap).reshape(B, K, N // K, S), MASKED)
         weights = jax.nn.softmax(scores, axis=-1).astype(values.dtype).reshape(B * K, N // K, S)
-        mixed = jax.lax.dot_general(weights, values.reshape(B * K, S, H), (((2,), (1,)), ((0,), (0,))))
+        mixed = jax.lax.dot_general(weights, values, (((2,), (1,)), ((0,), (0,))))
         return mixed.reshape(B, 1, N, H), keys, values
 
     def mix(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, Ring]:
         run = local
         if in_mesh():
             heads, groups = sharding.activation("BTNH"), sharding.activation("BTKH")
-            cache, mask = sharding.activation("BKSH"), sharding.activation("BS")
-            specs = (heads, groups, groups, cache, cache, mask, sharding.activation(""))
+            cache, mask = ring_sharding(sharding), sharding.activation("BS")
+            specs = (heads, groups, groups, cache, cache, mask, P())
             run = jax.shard_map(local, in_specs=specs, out_specs=(heads, cache, cache))
         out_B1NH, keys, values = run(q, k, v, *ring, mask_BS, column)
         return out_B1NH, (keys, values)
