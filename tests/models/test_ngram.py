@@ -1,5 +1,6 @@
 """What n-gram models score: rows, references, scale, files."""
 
+import doctest
 import re
 from itertools import pairwise
 from pathlib import Path
@@ -129,6 +130,7 @@ def test_kneser_ney_equals_nltk_with_one_discount_and_undiscounted_unigrams(monk
 
 
 def test_discounts_follow_chen_and_goodman_and_fall_back():
+    assert doctest.testmod(smoothing) == (0, 3)
     y = 100 / (100 + 2 * 40)
     expected = (1 - 2 * y * 40 / 100, 2 - 3 * y * 20 / 40, 3 - 4 * y * 12 / 20)
     assert smoothing.discounts(np.array([100, 40, 20, 12])) == pytest.approx(expected)

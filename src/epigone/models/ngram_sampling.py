@@ -3,7 +3,8 @@
 Shapes: M documents (or queries) in flight, E stored n-grams, V vocabulary. An interpolated row is a mixture over
 context lengths: stay at the longest seen context with probability 1 - escape / total and draw one of its n-grams by
 weight, else go one token shorter, at last to the uniform distribution. Only temperature, top-k and top-p need the row
-itself."""
+itself.
+"""
 
 from collections.abc import Sequence
 from functools import cached_property
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
     from epigone.models.ngram import NGramModel
 
 WAVE = 8192
-"""Documents begun at once: enough to hide the cost of a step, few enough for 256 tokens of each to stay in a cache."""
+"""Documents begun at once: enough to hide the cost of a step, few enough for 256 tokens of each to take 8 MiB."""
 
 ROW_ELEMENTS = 2**22
 """Probabilities formed at once where rows are needed (32 MiB)."""

@@ -61,12 +61,14 @@ def mle(counts: Counts, scale: float) -> list[Mass]:
 def kneser_ney(counts: Counts, scale: float) -> list[Mass]:
     """Interpolated modified Kneser-Ney: p(w | h) = (max(c - D(c), 0) + escape(h) p(w | h')) / N(h).
 
-    The longest n-grams, and those whose context begins with bos (nothing can stand before them), have their occurrences
-    as c, times the scale; all others the number of distinct tokens before them, which copies of a text do not change
-    and the scale leaves alone. D is one of three discounts a level, for counts 1, 2, 3 and more (a scaled count is
-    rounded to choose), see `discounts`; escape(h) is what the discounts took away. At scale 1 this is Chen and Goodman
-    1998, eq. 26, with KenLM's treatment of bos and of failed estimates, except that every level below the first word
-    is padded by bos."""
+    Occurrences count, times the scale, for the longest n-grams and for those whose context begins with bos (nothing can
+    stand before them); for all others c is the number of distinct tokens before them, which copies of a text do not
+    change, and the scale leaves alone. D(c) is one of three discounts a level, for counts 1, 2, 3 and more (a scaled
+    count is rounded to choose), and escape(h) is the sum of what the discounts took.
+
+    At scale 1 this is Chen and Goodman 1998, eq. 26, with KenLM's treatment of bos and its fallback where the discounts
+    cannot be estimated; KenLM puts one bos before a text, here there are order - 1.
+    """
     adjusted = _adjusted_counts(counts, scale)
     return [_discounted(level, counts_E) for level, counts_E in zip(counts.levels, adjusted, strict=True)]
 
