@@ -1,7 +1,9 @@
 """Real text as TFDS data sets, and the choice of a part of it. A corpus is a frozen dataclass with `prepare`."""
 
+import difflib
 import json
 import os
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -136,10 +138,13 @@ class Tfds:
 
         Raises UserError for an unknown name, split or field, Fault if TFDS cannot prepare the data set here.
         """
-        builder = self._builder(data_dir)
+        builder = self._builder(data_dir / "tfds")
         if self.text_field not in builder.info.features:
             known = ", ".join(builder.info.features)
             raise UserError(f"'{self.name}' has no feature '{self.text_field}'; it has {known}")
+        feature = builder.info.features[self.text_field]
+        if feature.shape != () or feature.np_dtype not in (object, str, bytes):
+            raise UserError(f"feature '{self.text_field}' of '{self.name}' is not text: {type(feature).__name__}")
         return {split: self._open(builder, split) for split in self.splits}
 
     def _expression(self, split: str) -> str:
@@ -148,18 +153,23 @@ class Tfds:
     def _builder(self, data_dir: Path) -> Any:
         import tensorflow_datasets as tfds
 
+        short = re.split("[/:]", self.name)[0]
+        registered = tfds.list_builders(with_community_datasets=False)
+        if short not in registered and not (data_dir / short).is_dir():
+            near = difflib.get_close_matches(short, registered, 1)
+            hint = f"; did you mean '{near[0]}'?" if near else ""
+            raise UserError(f"TFDS has no data set '{self.name}'{hint}")
         try:
-            builder = tfds.builder(self.name, data_dir=str(data_dir / "tfds"), file_format="array_record")
+            builder = tfds.builder(self.name, data_dir=str(data_dir), file_format="array_record")
+        except Exception as error:  # of many types, for a config or version that is not there
+            raise UserError(f"TFDS cannot open '{self.name}': {_reason(error)}") from error
+        try:
             builder.download_and_prepare()
-        except tfds.core.DatasetNotFoundError as error:
-            raise UserError(f"TFDS has no data set '{self.name}'{_nearest(self.name)}") from error
         except ImportError as error:
-            raise UserError(
-                f"TFDS needs the package '{error.name}' to prepare '{self.name}': pip install {error.name}"
-            ) from error
+            missing = f"TFDS needs the package '{error.name}' to prepare '{self.name}': pip install {error.name}"
+            raise UserError(missing) from error
         except Exception as error:  # a builder runs code of its own: downloads, archives, parsers
-            reason = str(error).strip().split("\n")[0]
-            raise Fault(f"TFDS cannot prepare '{self.name}': {type(error).__name__}: {reason}") from error
+            raise Fault(f"TFDS cannot prepare '{self.name}': {_reason(error)}") from error
         return builder
 
     def _open(self, builder: Any, split: str) -> Documents:
@@ -171,8 +181,8 @@ class Tfds:
             known = ", ".join(builder.info.splits)
             raise UserError(f"'{self.name}' has no split '{expression}'; it has {known}") from error
         except Exception as error:
-            reason = str(error).strip().split("\n")[0]
-            raise Fault(f"TFDS data set {directory} cannot be read: {reason}; delete it to prepare it again") from error
+            again = "delete it to prepare it again"
+            raise Fault(f"TFDS data set {directory} cannot be read: {_reason(error)}; {again}") from error
         card = {
             "name": f"tfds:{builder.info.full_name}",
             "source": builder.info.homepage or "TensorFlow Datasets",
@@ -235,10 +245,8 @@ def _counts(directory: Path, expression: str, field: str, documents: Documents) 
     return known[key]
 
 
-def _nearest(name: str) -> str:
-    import difflib
-
-    import tensorflow_datasets as tfds
-
-    near = difflib.get_close_matches(name.split("/")[0].split(":")[0], tfds.list_builders(), 1)
-    return f"; did you mean '{near[0]}'?" if near else ""
+def _reason(error: BaseException) -> str:
+    """The first line of the error underneath, since TFDS adds pages to it."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return str(error).strip().split("\n")[0] or type(error).__name__

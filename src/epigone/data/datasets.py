@@ -245,9 +245,9 @@ def _publish(built: Path, directory: Path) -> None:
 
 def _remove_stale(directory: Path) -> None:
     prefix = f".{directory.name}.{socket.gethostname()}-"
-    for path in directory.parent.glob(f"{prefix}*.partial"):
+    for path in directory.parent.iterdir():
         process = path.name.removeprefix(prefix).removesuffix(".partial")
-        if process.isdigit() and not _alive(int(process)):
+        if path.name == f"{prefix}{process}.partial" and process.isdigit() and not _alive(int(process)):
             shutil.rmtree(path, ignore_errors=True)
 
 

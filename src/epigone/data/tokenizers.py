@@ -1,5 +1,6 @@
 """Text to token ids and back: bytes, trained byte-level BPE, or words. Special ids are 0 pad, 1 bos, 2 eos, 3 unk."""
 
+import contextlib
 import functools
 import hashlib
 import json
@@ -148,7 +149,8 @@ class Tokenizer:
             partial.write_text(self._json, encoding="utf-8")
             partial.replace(path)
         except OSError as error:
-            partial.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                partial.unlink(missing_ok=True)
             raise Fault(f"cannot write tokenizer {path}: {error.strerror}") from error
 
     @classmethod
