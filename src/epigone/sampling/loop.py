@@ -6,6 +6,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import PartitionSpec as P
 
 from epigone.errors import UserError
 from epigone.models.config import DecoderConfig
@@ -82,7 +83,9 @@ def start_empty(
     """Every row at the start of a document of its own, samples 0, 1, ... of prompt 0."""
     model = nnx.merge(structure(config, sharding), params)
     token_B, zero_B = jnp.full((rows,), BOS, jnp.int32), jnp.zeros((rows,), jnp.int32)
-    state = _state(token_B, zero_B, zero_B + limit, zero_B, jnp.arange(rows), empty_rings(model, rows, columns))
+    state = _state(
+        empty_rings(model, rows, columns), token_B, zero_B, zero_B + limit, zero_B, jnp.arange(rows, dtype=jnp.int32)
+    )
     return state._replace(next_sample=jnp.int32(rows))
 
 
@@ -104,14 +107,14 @@ def start_prompts(
     positions_BT = jnp.arange(T)[None] - (T - lengths_B[:, None])
     before = (tokens_BT, jnp.maximum(positions_BT, 0), (positions_BT >= 0).astype(jnp.int32))
     rings = prefill(model, columns, *(placed(x[:, :-1], sharding.activation("BT")) for x in before))
-    state = _state(tokens_BT[:, -1], lengths_B - 1, limit_B, prompt_B, sample_B, rings)
-    return state._replace(step=jnp.int32(T - 1), live_B=limit_B >= lengths_B)
+    state = _state(rings, tokens_BT[:, -1], lengths_B - 1, limit_B, prompt_B, sample_B)
+    return state._replace(step=jnp.int32(T - 1), live_B=placed(limit_B >= lengths_B, P()))
 
 
-def _state(token_B, position_B, limit_B, prompt_B, sample_B, rings: list[Ring]) -> State:
-    zero = jnp.int32(0)
-    live_B = jnp.ones(token_B.shape, bool)
-    return State(zero, token_B, position_B, limit_B, prompt_B, sample_B, live_B, zero, zero, rings)
+def _state(rings: list[Ring], *vectors_B: jax.Array) -> State:
+    """The state in which rows begin. What is known about rows is small, and whole on every device."""
+    zero, live_B = jnp.int32(0), jnp.ones(vectors_B[0].shape, bool)
+    return State(zero, *(placed(x, P()) for x in vectors_B), live_B, zero, zero, rings)
 
 
 @partial(jax.jit, static_argnames=("config", "sharding", "steps", "switch"), donate_argnames=("state",))
@@ -167,10 +170,10 @@ def _choose(
     key_data_B = jax.random.key_data(keys_B)
     if not in_mesh():
         return local(logits_BV, key_data_B, knobs)
-    rows, whole = sharding.activation("BT"), sharding.activation("")
-    cut = jax.shard_map(local, in_specs=(rows, rows, whole), out_specs=sharding.activation("B"))
+    rows = sharding.activation("B")
+    cut = jax.shard_map(local, in_specs=(rows, rows, P()), out_specs=rows)
     token_B, log_prob_B = cut(placed(logits_BV, rows), placed(key_data_B, rows), knobs)
-    return placed(token_B, sharding.activation("_")), placed(log_prob_B, sharding.activation("_"))
+    return placed(token_B, P()), placed(log_prob_B, P())
 
 
 def _next_token(switch: Switches, knobs: Knobs, logits_BV: jax.Array, keys_B: jax.Array) -> jax.Array:
