@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 WAVE = 8192
 """Documents begun at once: enough to hide the cost of a step, few enough for 256 tokens of each to take 8 MiB."""
 
-ROW_ELEMENTS = 2**22
-"""Probabilities formed at once where rows are needed (32 MiB)."""
+ROW_ELEMENTS = 2**18
+"""Probabilities formed at once where rows are needed: 2 MiB, which stays in a core's cache."""
 
 
 class Sampler:
@@ -104,16 +104,21 @@ def filtered(rows_MV: np.ndarray, temperature: float = 1.0, top_k: int = 0, top_
         # Relative to the row's largest, so that no power of a small temperature leaves a row empty.
         rows_MV = (rows_MV / rows_MV.max(axis=1, keepdims=True)) ** (1 / temperature)
     if top_k or top_p < 1:
-        order_MV = np.argsort(-rows_MV, axis=1, kind="stable")
-        sorted_MV = np.take_along_axis(rows_MV, order_MV, axis=1)
-        if top_k:
-            sorted_MV[:, top_k:] = 0
-        if top_p < 1:
-            before_MV = np.cumsum(sorted_MV, axis=1) - sorted_MV
-            sorted_MV[before_MV >= top_p * sorted_MV.sum(axis=1, keepdims=True)] = 0
-        rows_MV = np.zeros_like(rows_MV)
-        np.put_along_axis(rows_MV, order_MV, sorted_MV, axis=1)
+        rows_MV = np.where(_largest(rows_MV, top_k or rows_MV.shape[1], top_p), rows_MV, 0.0)
     return rows_MV / rows_MV.sum(axis=1, keepdims=True)
+
+
+def _largest(rows_MV: np.ndarray, top_k: int, top_p: float) -> np.ndarray:
+    """Mask of the tokens that top-k and top-p keep; sorts values, not indices, which is several times faster."""
+    sorted_MK = np.sort(rows_MV, axis=1)[:, ::-1][:, :top_k]
+    before_MK = np.cumsum(sorted_MK, axis=1) - sorted_MK
+    sizes_M = (
+        (before_MK < top_p * sorted_MK.sum(axis=1, keepdims=True)).sum(axis=1) if top_p < 1 else sorted_MK.shape[1]
+    )
+    smallest_M1 = np.take_along_axis(sorted_MK, np.broadcast_to(sizes_M, len(rows_MV))[:, None] - 1, axis=1)
+    above_MV, ties_MV = rows_MV > smallest_M1, rows_MV == smallest_M1
+    room_M = sizes_M - above_MV.sum(axis=1)
+    return above_MV | (ties_MV & (np.cumsum(ties_MV, axis=1) <= room_M[:, None]))
 
 
 def _inverse_cdf(rows_SV: np.ndarray, rows_M: np.ndarray, uniform_M: np.ndarray) -> np.ndarray:
