@@ -1,5 +1,6 @@
 """Real text as TFDS data sets, and the choice of a part of it. A corpus is a frozen dataclass with `prepare`."""
 
+import bisect
 import difflib
 import json
 import os
@@ -226,7 +227,7 @@ def _prepared(
 
 
 def _split_of(share: float, shares: Sequence[float]) -> str:
-    return SPLITS[int(np.searchsorted(np.cumsum(shares)[:-1], share, side="right"))]
+    return SPLITS[bisect.bisect_right([shares[0], shares[0] + shares[1]], share)]
 
 
 def _counts(directory: Path, expression: str, field: str, documents: Documents) -> dict[str, Any]:
