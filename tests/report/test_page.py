@@ -189,6 +189,15 @@ def test_pending_nodes_are_shown_as_pending(tmp_path):
     assert list((tmp_path / "plots").iterdir()) == []
 
 
+def test_a_series_of_which_only_the_ancestor_is_grown_has_no_curve(tmp_path):
+    entries = quickstart(2, 1)
+    grown = [entry for entry in entries if entry["name"] in ("trigram", "trigram-replace")]
+    html = write_report(write_run(tmp_path, entries, [record(entry) for entry in grown])).read_text()
+    chart = re.search(r'<svg class="chart".*?</svg>', html, flags=re.S)[0]
+    assert ">replace<" in chart
+    assert ">accumulate<" not in chart
+
+
 def test_a_record_with_the_least_fields(tmp_path):
     entry = quickstart(1, 1)[0]
     html = write_report(

@@ -70,6 +70,6 @@ def test_series_and_comparisons_are_in_the_json(full_run):
 
 def test_numbers_for_readers():
     assert [count(v) for v in (None, 0, 999, 1_234_567, 1.2e12)] == ["", "0", "999", "1.23 M", "1.2 T"]
-    assert [real(v) for v in (None, 0.12345, 7.364, 61.23, 12_345.0, math.inf)] == [
-        "", "0.123", "7.36", "61.2", "12 345", "inf"]  # fmt: skip
+    assert [real(v) for v in (None, 0.000664, 0.12345, 7.364, 61.23, 12_345.0, math.inf)] == [
+        "", "0.00066", "0.123", "7.36", "61.2", "12\u202f345", "inf"]  # fmt: skip
     assert [duration(v) for v in (None, 1.25, 75.2, 7_260)] == ["", "1.2 s", "1 min 15 s", "2 h 01 min"]

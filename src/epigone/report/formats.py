@@ -27,12 +27,17 @@ def real(value: float | None) -> str:
     if size >= 1e6:
         return count(value)
     if size >= 1000:
-        return f"{value:,.0f}".replace(",", " ")
+        return f"{value:,.0f}".replace(",", "\u202f")
     if size >= 10:
         return f"{value:.1f}"
     if size >= 1:
         return f"{value:.2f}"
-    return f"{value:.3g}" if size < 1e-3 else f"{value:.3f}"
+    return f"{value:.2g}" if size < 0.1 else f"{value:.3f}"
+
+
+def probability(value: float) -> str:
+    """Three decimals, so that numbers in a list stand below each other: 0.120, <0.001."""
+    return f"{value:.3f}" if value >= 0.0005 or value == 0 else "<0.001"
 
 
 def duration(seconds: float | None) -> str:

@@ -7,6 +7,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from epigone.report import reading, sections
+from epigone.report.formats import probability
 from epigone.report.graph import lineage_svg
 from epigone.report.plots import draw_all
 from epigone.report.records import Run, load_run
@@ -50,6 +51,7 @@ def render(run: Run, series: list[Series], compared: list[Comparison], figures: 
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    environment.filters["probability"] = probability
     return environment.get_template("page.html").render(
         run=run,
         style=Markup((HERE / "page.css").read_text(encoding="utf-8")),

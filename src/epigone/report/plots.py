@@ -94,14 +94,16 @@ def diversity_figure(group: list[Series], order: dict[str, int]) -> Figure | Non
 
 
 def _has(group: list[Series], metric: str) -> bool:
-    return any(math.isfinite(point.mean) for one in group for point in one.points(metric).values())
+    points = ((g > one.generations[0], p) for one in group for g, p in one.points(metric).items())
+    return any(own and math.isfinite(point.mean) for own, point in points)
 
 
 def _curves(axes: Axes, group: list[Series], order: dict[str, int], metric: str, log: bool = True) -> None:
     values: list[float] = []
     for one in group:
         points = {g: p for g, p in one.points(metric).items() if math.isfinite(p.mean)}
-        if points:
+        # A series of which only the ancestor is grown has no curve yet.
+        if points and max(points) > one.generations[0]:
             _line(axes, one.regime, points, order[one.regime])
             values += [value for p in points.values() for value in (p.low, p.high)]
     whole_numbers(axes)
@@ -188,8 +190,9 @@ def _training(axes: Axes, nodes: list[tuple[Node, list[tuple[float, float]]]]) -
         index = generations.index(node.generation)
         label = f"@{node.generation}" if node.generation not in named and len(generations) > 1 else None
         named.add(node.generation)
-        tokens, losses = zip(*points, strict=True)
-        axes.plot([t / 1e6 for t in tokens], losses, color=colour(index), linewidth=1.2, alpha=0.85, label=label)
+        millions, losses = [tokens / 1e6 for tokens, _ in points], [loss for _, loss in points]
+        dot = "o" if len(points) == 1 else None
+        axes.plot(millions, losses, color=colour(index), linewidth=1.2, alpha=0.85, label=label, marker=dot)
     if len(generations) > 1:
         axes.legend(loc="upper right", fontsize=8.5)
 
