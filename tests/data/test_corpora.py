@@ -202,17 +202,33 @@ def test_a_damaged_tfds_data_set_is_a_fault(data, kind):
     assert "\n" not in str(caught.value)
 
 
-class NeedsTensorFlow(TinyStories):
-    name = "epigone_needs_tensorflow"
+@pytest.fixture
+def downloaded(tmp_path, monkeypatch):
+    """TFDS believes that what it would download lies here already."""
+    directory = tmp_path / "downloaded"
+    directory.mkdir()
 
-    def _generate_examples(self, first, last):
-        raise ModuleNotFoundError("No module named 'tensorflow'", name="tensorflow")
-        yield
+    def lies_here(_, wanted):
+        return dict.fromkeys(wanted, directory) if isinstance(wanted, dict) else directory
+
+    monkeypatch.setattr(tfds.download.DownloadManager, "download_and_extract", lies_here)
+    return directory
 
 
-def test_a_builder_that_needs_a_missing_package_says_which(data):
-    with pytest.raises(UserError, match="pip install tensorflow"):
-        Tfds("epigone_needs_tensorflow", "story").prepare(data)
+def test_a_data_set_of_the_catalogue(data, downloaded):
+    (downloaded / "ag_news_csv").mkdir()
+    for split, texts in (("train", TEXTS[:20]), ("test", TEXTS[20:30])):
+        rows = "".join(f'"1","title","{text}"\n' for text in texts)
+        (downloaded / "ag_news_csv" / f"{split}.csv").write_text(rows, encoding="utf-8")
+    splits = Tfds("ag_news_subset", "description", "train[:50%]", "train[50%:]").prepare(data)
+    assert sorted([*splits["train"], *splits["validation"]]) == sorted(TEXTS[:20])
+    assert sorted(splits["test"]) == sorted(TEXTS[20:30])
+    assert splits["test"].card["name"] == "tfds:ag_news_subset/1.0.0"
+
+
+def test_a_data_set_that_only_tensorflow_can_prepare_says_so(data, downloaded):
+    with pytest.raises(UserError, match=r"preparing 'lm1b' \(not reading it\) needs the package 'tensorflow'"):
+        Tfds("lm1b", validation_split="test", test_split="").prepare(data)
 
 
 DOCUMENTS = [np.arange(size, dtype=np.int32) for size in range(1, 40)]

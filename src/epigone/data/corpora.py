@@ -167,7 +167,10 @@ class Tfds:
         try:
             builder.download_and_prepare()
         except ImportError as error:
-            missing = f"TFDS needs the package '{error.name}' to prepare '{self.name}': pip install {error.name}"
+            missing = (
+                f"preparing '{self.name}' (not reading it) needs the package '{error.name}': pip install {error.name}, "
+                f"or prepare it elsewhere with file_format='array_record' and copy it to {data_dir}"
+            )
             raise UserError(missing) from error
         except Exception as error:  # a builder runs code of its own: downloads, archives, parsers
             raise Fault(f"TFDS cannot prepare '{self.name}': {_reason(error)}") from error
