@@ -157,6 +157,7 @@ def _train(
         hardware=hardware or loop.Hardware(),
         directory=directory / "training",
         on_step=view.step,
+        key=node.key,
     )
     checkpoint.save_params(directory / "model", trained.params)
     return {
@@ -203,7 +204,8 @@ def _measured(node: Node, record: dict[str, Any], materials: Materials, view: Vi
     model, tokenizer = materials.model(node), materials.tokenizer(node.tokenizer)
     view.stage("measure")
     held_out = materials.documents(evaluation.text, node.tokenizer)
-    contexts = evaluate.evaluation_contexts(held_out, evaluation.contexts, evaluation.seed)
+    longest = getattr(node.model, "max_length", MAX_LENGTH) - 1
+    contexts = evaluate.evaluation_contexts(held_out, evaluation.contexts, evaluation.seed, longest=longest)
     whole = evaluation.text.skip == 0 and evaluation.text.tokens is None
     sizes = byte_counts(materials.strings(evaluation.text)) if whole else None
     record["metrics"] = evaluate.evaluate_model(model, held_out, sizes, contexts)

@@ -187,7 +187,7 @@ class Lineage:
 
     @cached_property
     def order(self) -> tuple[Node, ...]:
-        """Every node after its parents; ties in the order in which they were given."""
+        """Every node after its parents, and otherwise in the order in which they were given."""
         graph = {key: [parent for parent, _ in node.parents] for key, node in self.by_key.items()}
         for key, parents in graph.items():
             for parent in parents:
@@ -195,10 +195,20 @@ class Lineage:
                     near = did_you_mean(parent, graph)
                     raise UserError(f"node '{key}' learns from '{parent}', which is not in the lineage{near}")
         try:
-            return tuple(self.by_key[key] for key in graphlib.TopologicalSorter(graph).static_order())
+            graphlib.TopologicalSorter(graph).prepare()
         except graphlib.CycleError as error:
             path = " -> ".join(reversed(error.args[1]))
             raise UserError(f"lineage '{self.name}' has a cycle: {path}; no node may be its own ancestor") from None
+        placed: dict[str, Node] = {}
+        waiting = list(reversed(graph))
+        while waiting:
+            missing = [parent for parent in graph[waiting[-1]] if parent not in placed]
+            if missing:
+                waiting += reversed(missing)
+            else:
+                key = waiting.pop()
+                placed[key] = self.by_key[key]
+        return tuple(placed.values())
 
     @cached_property
     def identities(self) -> dict[str, str]:

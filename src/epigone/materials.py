@@ -120,11 +120,12 @@ def load_model(config: Any, directory: Path, vocab_size: int) -> LanguageModel:
     """A finished model from its directory: counts or weights. JAX is imported only for weights."""
     if isinstance(config, NGram):
         return NGramModel.load(directory / "ngram.safetensors")
+    from epigone.models import decoder
     from epigone.sampling.decode import DecoderLanguageModel
     from epigone.training import checkpoint
 
     filled = replace(config, vocab_size=config.vocab_size or vocab_size)
-    return DecoderLanguageModel(filled, checkpoint.load_params(directory, filled))
+    return DecoderLanguageModel(filled, checkpoint.load_params(directory, decoder.abstract(filled)))
 
 
 def seed_of(identity: str, purpose: str) -> int:

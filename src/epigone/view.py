@@ -81,7 +81,7 @@ class Terminal:
         self._report = report
         if not self.console.is_terminal and time.monotonic() - self._said > QUIET_SECONDS:
             self._said = time.monotonic()
-            self.console.print(f"  {self._title()}: {self._progress()}", highlight=False)
+            self.console.print(f"  {self._title()}: {self._progress()}", highlight=False, soft_wrap=True)
 
     def finish(self, node: Node, record: dict[str, Any]) -> None:
         self._done[node.key] = time.monotonic() - self._began
@@ -89,7 +89,7 @@ class Terminal:
         self._node = None
         if not self.console.is_terminal:
             done, left = f"{len(self._done)}/{len(self.work)}", clock(self.seconds_left())
-            self.console.print(f"{done:>9}  {summary(node, record)}  left {left}", highlight=False)
+            self.console.print(f"{done:>9}  {summary(node, record)}  left {left}", highlight=False, soft_wrap=True)
 
     def seconds_left(self) -> float | None:
         """Time so far, in proportion to the work that is left; None before anything is known."""

@@ -47,3 +47,20 @@ class LanguageModel(Protocol):
         `top_k=0` and `top_p=1` are off. A document ends at eos, or after `max_length` tokens.
         """
         ...
+
+    def sample(
+        self,
+        prompts: Sequence[Document],
+        seed: int,
+        *,
+        samples: int = 1,
+        length: int = 64,
+        temperature: float = 1.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+    ) -> list[list[Document]]:
+        """`samples` continuations of bos + each prompt, each until eos (not included) or `length` tokens.
+
+        Continuation j of prompt i is the same whatever else is asked for with the same seed.
+        """
+        ...

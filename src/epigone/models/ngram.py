@@ -11,7 +11,7 @@ from epigone.errors import UserError
 from epigone.models import counts as counting
 from epigone.models import ngram_files, ngram_sampling
 from epigone.models.counts import Counts, Level
-from epigone.models.language_model import EOS, Document
+from epigone.models.language_model import EOS, MAX_LENGTH, Document
 from epigone.models.smoothing import Mass, Smoothing, witten_bell
 
 
@@ -148,7 +148,7 @@ class NGramModel:
         temperature: float = 1.0,
         top_k: int = 0,
         top_p: float = 1.0,
-        max_length: int = 256,
+        max_length: int = MAX_LENGTH,
     ) -> list[Document]:
         """Sample documents until their tokens (each with its eos) reach `tokens`; the same for the same seed.
 
@@ -156,6 +156,21 @@ class NGramModel:
         """
         sampler = ngram_sampling.Sampler(self, temperature, top_k, top_p)
         return ngram_sampling.write(sampler, tokens, seed, max_length)
+
+    def sample(
+        self,
+        prompts: Sequence[Document],
+        seed: int,
+        *,
+        samples: int = 1,
+        length: int = 64,
+        temperature: float = 1.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+    ) -> list[list[Document]]:
+        """`samples` continuations of bos + each prompt, each until eos (not included) or `length` tokens."""
+        sampler = ngram_sampling.Sampler(self, temperature, top_k, top_p)
+        return ngram_sampling.sample(sampler, prompts, seed, samples, length)
 
     def save(self, path: Path) -> None:
         """Write the model as safetensors, atomically. Raises Fault where the disk refuses."""

@@ -156,12 +156,24 @@ def _mean_events(model: "NGramModel") -> float:
     return max(1.0, float(weights_E.sum() / weights_E[tokens_E == EOS].sum())) if (weights_E > 0).all() else 16.0
 
 
-def _wave(sampler: Sampler, size: int, rng: np.random.Generator, max_length: int) -> list[Document]:
+def sample(sampler: Sampler, prompts: Sequence[Document], seed: int, samples: int, length: int) -> list[list[Document]]:
+    """Continue each prompt `samples` times; what follows a prompt depends on it, its index and the seed alone."""
+    model, found = sampler.model, []
+    for index, prompt in enumerate(prompts):
+        history = np.repeat(counting.histories([prompt], model.order, model.vocab_size), samples, axis=1)
+        found.append(_wave(sampler, samples, np.random.default_rng([seed, index]), length, history))
+    return found
+
+
+def _wave(
+    sampler: Sampler, size: int, rng: np.random.Generator, max_length: int, history: np.ndarray | None = None
+) -> list[Document]:
+    """`size` documents side by side, after the last tokens in `history` [order - 1, size], or after bos."""
     model = sampler.model
     written = np.empty((size, max_length), np.int32)
     lengths = np.full(size, max_length)
     alive = np.arange(size)
-    history = np.full((model.order - 1, size), BOS, np.int64)
+    history = np.full((model.order - 1, size), BOS, np.int64) if history is None else history
     for step in range(max_length):
         tokens = sampler.next_tokens(counting.find_contexts(model.levels, history), rng)
         ended = tokens == EOS

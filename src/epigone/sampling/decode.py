@@ -136,6 +136,34 @@ class DecoderLanguageModel:
         counts = np.cumsum([len(document) + 1 for document in documents])
         return documents[: int(np.searchsorted(counts, tokens)) + 1]
 
+    def sample(
+        self,
+        prompts: Sequence[Document],
+        seed: int,
+        *,
+        samples: int = 1,
+        length: int = 64,
+        temperature: float = 1.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+    ) -> list[list[Document]]:
+        """`samples` continuations of bos + each prompt, without their eos; see the function `sample`."""
+        rows = min(self.slots, len(prompts) * samples)
+        drawn = sample(
+            self.config,
+            self.params,
+            prompts,
+            seed,
+            samples=samples,
+            length=length,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            slots=rows,
+            sharding=self.sharding,
+        )
+        return [[s.tokens[:-1] if len(s.tokens) and s.tokens[-1] == EOS else s.tokens for s in row] for row in drawn]
+
     def _records(self, tokens: int, seed: int, knobs: Knobs, limit: int) -> Iterator[Drawn]:
         """What was drawn, chunk by chunk, until every document that was started has ended."""
         config, sharding, params = self.config, self.sharding, self.params
