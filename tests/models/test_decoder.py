@@ -1,0 +1,212 @@
+"""The whole decoder, in every family: against numpy, causal, blind to packing, the same with remat and at any depth."""
+
+import dataclasses
+
+import decoder_reference
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from decoder_variants import LLAMA, VARIANTS, rows, spread_params
+from flax import nnx
+
+from epigone.errors import UserError
+from epigone.models.config import DecoderConfig
+from epigone.models.decoder import abstract, apply, flops_per_token, init, parameter_count, structure
+from epigone.models.layers import learned, save_nothing, save_products
+
+every_variant = pytest.mark.parametrize("config", VARIANTS.values(), ids=VARIANTS.keys())
+forward = jax.jit(apply, static_argnums=0)
+
+
+def named_arrays(params):
+    pure = nnx.to_pure_dict(params)
+    return tuple({name: np.asarray(x, np.float64) for name, x in pure[group].items()} for group in ("outer", "layers"))
+
+
+@every_variant
+def test_equals_the_numpy_reference(config):
+    params, batch = spread_params(config), rows(config)
+    logits_BTV = np.asarray(forward(config, params, *batch))
+    assert logits_BTV.dtype == np.float32
+    assert logits_BTV.shape == (3, 12, config.vocab_size)
+    outer, layers = named_arrays(params)
+    for b, row in enumerate(zip(*batch, strict=True)):
+        expected = decoder_reference.logits(config, outer, layers, *row)
+        assert np.abs(logits_BTV[b] - expected)[:, 2:].max() < 1e-4
+        np.testing.assert_array_equal(logits_BTV[b, :, :2], np.float32(-1e9))
+
+
+@every_variant
+def test_no_gradient_from_the_future_or_from_another_document(config):
+    """d logits_t / d embedding_s is 0 for s > t and across segments, and elsewhere it is not."""
+    params, (tokens, positions, segments) = spread_params(config), rows(config)
+    model = nnx.merge(structure(config), params)
+
+    def logit_sums(shift_BTD, probe_V):
+        graph, state = nnx.split(model)
+        shifted = nnx.merge(graph, state)
+        embed = shifted.embed
+        object.__setattr__(shifted, "embed", lambda *inputs: embed(*inputs) + shift_BTD)
+        return shifted.logits(shifted(tokens, positions, segments)) @ probe_V
+
+    probe_V = jnp.asarray(np.random.default_rng(1).standard_normal(config.vocab_size), jnp.float32).at[:2].set(0)
+    zero = jnp.zeros((*tokens.shape, config.model_size))
+    jacobian = jax.jit(jax.jacrev(logit_sums))(zero, probe_V)  # [B, T, B, S, D]
+    size = np.abs(np.asarray(jacobian)).max(-1)
+    for b in range(3):
+        for t in range(12):
+            for s in range(12):
+                near = config.window is None or t - s < config.window * config.layers - 1
+                if s > t or segments[b, s] != segments[b, t]:
+                    assert size[b, t, b, s] == 0
+                elif near:
+                    assert size[b, t, b, s] > 0
+    assert size.transpose(0, 2, 1, 3)[~np.eye(3, dtype=bool)].max() == 0
+
+
+@every_variant
+def test_packed_documents_equal_separate_ones(config):
+    params, (tokens, positions, segments) = spread_params(config), rows(config)
+    packed = np.asarray(forward(config, params, tokens, positions, segments))
+    alone = [np.full((3, 12), fill, np.int32) for fill in (5, 0, 0)]
+    for b in (0, 1, 2):
+        first = int((segments[b] == 1).sum())
+        alone[0][b, :first], alone[1][b, :first], alone[2][b, :first] = (
+            tokens[b, :first], positions[b, :first], segments[b, :first]
+        )  # fmt: skip
+    first_alone = np.asarray(forward(config, params, *alone))
+    for b, first in enumerate((12, 5, 7)):
+        np.testing.assert_allclose(packed[b, :first], first_alone[b, :first], atol=1e-5)
+    second = [np.zeros((3, 12), np.int32) for _ in range(3)]
+    for b, (start, end) in ((1, (5, 12)), (2, (7, 10))):
+        for part, whole in zip(second, (tokens, positions, segments), strict=True):
+            part[b, : end - start] = whole[b, start:end]
+    second_alone = np.asarray(forward(config, params, *second))
+    np.testing.assert_allclose(packed[1, 5:], second_alone[1, :7], atol=1e-5)
+    np.testing.assert_allclose(packed[2, 7:10], second_alone[2, :3], atol=1e-5)
+
+
+def test_padded_rows_pad_and_bos_have_no_probability_and_no_nan():
+    params, batch = spread_params(LLAMA), rows(LLAMA)
+    assert LLAMA.sizes.V == 40
+    probabilities = np.asarray(jax.nn.softmax(forward(LLAMA, params, *batch)))
+    assert probabilities.shape[-1] == 37
+    assert (probabilities[..., :2] == 0).all()
+    assert (probabilities[..., 2:] > 0).all()
+    loss = lambda p: -jax.nn.log_softmax(apply(LLAMA, p, *batch))[..., 3].mean()  # noqa: E731
+    gradients = jax.jit(jax.grad(loss))(params)
+    assert all(np.isfinite(g).all() for g in jax.tree.leaves(gradients))
+    assert (np.asarray(gradients["outer"]["embedding_VD"][...])[37:] == 0).all()
+
+
+def test_grouped_queries_equal_repeated_key_heads():
+    params, batch = spread_params(LLAMA), rows(LLAMA)
+    full = dataclasses.replace(LLAMA, kv_heads=4)
+    repeated = init(full, 0)
+    for name, value in params["layers"].items():
+        copies = np.repeat(value[...], 2, axis=2) if name in ("key_LDKH", "value_LDKH") else value[...]
+        repeated["layers"][name][...] = jnp.asarray(copies)
+    for name, value in params["outer"].items():
+        repeated["outer"][name][...] = value[...]
+    np.testing.assert_allclose(forward(LLAMA, params, *batch), forward(full, repeated, *batch), atol=2e-5)
+
+
+@pytest.mark.parametrize("policy", [save_nothing, save_products])
+def test_remat_keeps_gradients_and_saves_memory(policy):
+    kept = dataclasses.replace(LLAMA, layers=6, ff_size=256)
+    remat = dataclasses.replace(kept, remat=policy)
+    batch = [np.repeat(x, 8, axis=0) for x in rows(kept)]
+
+    def compiled(config):
+        loss = lambda p: jax.nn.log_softmax(apply(config, p, *batch))[..., 3].mean()  # noqa: E731
+        return jax.jit(jax.grad(loss)).lower(init(config, 0)).compile()
+
+    with_all, with_less = compiled(kept), compiled(remat)
+    params = init(kept, 0)
+    for a, b in zip(jax.tree.leaves(with_all(params)), jax.tree.leaves(with_less(params)), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-6)
+    full, less = (c.memory_analysis().temp_size_in_bytes for c in (with_all, with_less))
+    assert less < 0.8 * full
+
+
+def test_program_does_not_grow_with_depth():
+    def lines(layers):
+        config = dataclasses.replace(LLAMA, layers=layers)
+        return forward.lower(config, abstract(config), *rows(config)).as_text().count("\n")
+
+    assert lines(24) == lines(3)
+
+
+def test_parameter_count_and_abstract_tree_are_those_of_the_real_one():
+    for config in VARIANTS.values():
+        params = init(config, 0)
+        assert parameter_count(config) == sum(x.size for x in jax.tree.leaves(params))
+        assert jax.tree.map(lambda x: (x.shape, x.dtype), params) == jax.tree.map(
+            lambda x: (x.shape, x.dtype), abstract(config)
+        )
+
+
+def test_flops_are_those_of_the_compiled_products():
+    """XLA counts 2 m n k too; a scan body is counted once, so one layer is compared. Full scores: no causal half."""
+    T = 64
+    config = dataclasses.replace(LLAMA, layers=1, model_size=64, ff_size=512, max_length=T, vocab_size=512)
+    batch = tuple(np.zeros((1, T), np.int32) for _ in range(3))
+    counted = forward.lower(config, abstract(config), *batch).compile().cost_analysis()["flops"]
+    full_scores = 4 * config.sizes.N * config.sizes.H * (T - (T + 1) / 2)
+    assert counted / T == pytest.approx(flops_per_token(config, T, training=False) + full_scores, rel=0.05)
+
+
+def test_flops_by_hand():
+    config = dataclasses.replace(LLAMA, vocab_size=40)
+    layer = 2 * (16 * 4 * 4 + 2 * 16 * 2 * 4 + 4 * 4 * 16 + 3 * 16 * 24) + 4 * 4 * 4 * (1 + 2 + 3 + 4 + 5) // 5
+    assert flops_per_token(config, 5, training=False) == 2 * layer + 2 * 40 * 16
+    assert flops_per_token(config, 5, training=True) == 3 * flops_per_token(config, 5, training=False)
+    windowed = dataclasses.replace(config, window=2)
+    saved = 2 * 4 * 4 * 4 * (0 + 0 + 1 + 2 + 3) / 5
+    assert flops_per_token(windowed, 5, training=False) == round(flops_per_token(config, 5, training=False) - saved)
+
+
+def test_initial_loss_is_that_of_a_uniform_guess():
+    config = dataclasses.replace(LLAMA, vocab_size=500, model_size=64, layers=6, ff_size=None)
+    logits = forward(config, init(config, 0), *rows(config))
+    loss = -jax.nn.log_softmax(logits)[..., 7].mean()
+    assert float(loss) == pytest.approx(np.log(498), abs=0.1)
+    hidden = nnx.merge(structure(config), init(config, 0))(*rows(config))
+    assert float(jnp.sqrt(jnp.mean(hidden**2))) == pytest.approx(1.0, abs=0.01)
+
+
+def test_seeds_differ_and_repeat():
+    same, again, other = init(LLAMA, 0), init(LLAMA, 0), init(LLAMA, 1)
+    for a, b in zip(jax.tree.leaves(same), jax.tree.leaves(again), strict=True):
+        np.testing.assert_array_equal(a, b)
+    assert not np.array_equal(same["outer"]["embedding_VD"][...], other["outer"]["embedding_VD"][...])
+
+
+def test_low_precision_computes_in_it_and_gives_float32_logits():
+    config = dataclasses.replace(LLAMA, dtype="bfloat16")
+    params, batch = init(config, 0), rows(config)
+    assert all(x.dtype == jnp.float32 for x in jax.tree.leaves(params))
+    logits, exact = forward(config, params, *batch), forward(LLAMA, params, *batch)
+    assert logits.dtype == jnp.float32
+    assert nnx.merge(structure(config), params)(*batch).dtype == jnp.bfloat16
+    difference = np.abs(np.asarray(logits - exact))[..., 2:].max()
+    assert 0 < difference < 0.02
+
+
+def test_bad_configs_are_refused_with_their_values():
+    for change, word in [
+        ({"kv_heads": 3}, "kv_heads 3"),
+        ({"heads": 5, "kv_heads": None}, "heads 5"),
+        ({"head_size": 5}, "even"),
+        ({"dtype": "float8"}, "float8"),
+        ({"layers": 0}, "layers is 0"),
+        ({"window": 0}, "window is 0"),
+    ]:
+        with pytest.raises(UserError, match=word):
+            dataclasses.replace(LLAMA, **change)
+    with pytest.raises(UserError, match="vocab_size is open"):
+        init(DecoderConfig(), 0)
+    short = dataclasses.replace(LLAMA, positions=learned, max_length=8)
+    with pytest.raises(UserError, match="max_length 8"):
+        forward(short, init(short, 0), *rows(short))
