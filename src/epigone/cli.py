@@ -14,7 +14,7 @@ from typing import Any
 
 import tyro
 
-from epigone import __version__
+from epigone import __version__, runtime
 from epigone.errors import Fault, Stopped, UserError
 from epigone.lineage import did_you_mean
 
@@ -80,6 +80,7 @@ VERBS: dict[str, tuple[type, Callable[[Any], None]]] = {"sample": (Sample, sampl
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one verb. Returns the exit code: 0 well, 2 bad input, 1 a fault, 128 + n stopped by signal n."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
+    runtime.prepare()
     try:
         with _stopped_by_signal():
             _dispatch(arguments)
