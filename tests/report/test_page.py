@@ -100,6 +100,16 @@ def test_lessons_are_drawn_once_for_all_seeds(full_run, html):
     assert sorted((source, target, role) for role, source, target in found) == sorted(expected)
 
 
+def test_two_lessons_from_one_parent_are_two_lines(tmp_path):
+    entries = [entry for entry in quickstart(1, 1) if entry["name"] in ("teacher", "student")]
+    roles = ["teacher", "text", "start"]
+    entries[1]["parents"] = [{"key": "teacher@0", "role": role} for role in roles]
+    html = write_report(write_run(tmp_path, entries, [])).read_text()
+    lines = dict(re.findall(r'data-role="(\w+)" data-from="teacher@0" data-to="student@1"\s+d="([^"]+)"', html))
+    assert sorted(lines) == sorted(roles)
+    assert len(set(lines.values())) == 3
+
+
 def test_boxes_do_not_overlap(html):
     svg = html[html.index('<svg class="lineage"') :]
     boxes = re.findall(

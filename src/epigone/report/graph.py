@@ -13,7 +13,9 @@ from epigone.report.records import Node, Run
 from epigone.report.summaries import spread
 
 ROLES = {"teacher": "c2", "text": "c0", "start": "c4"}
+# Below the child's row and around the middle of a box: two lessons from one parent lie side by side.
 _TRACK = {"text": 7.0, "teacher": 11.0, "start": 15.0}
+_SHIFT = {"teacher": -5.0, "start": 5.0}
 _BOX_W, _BOX_H, _ROW, _TOP, _LEFT, _LETTER = 66.0, 34.0, 67.0, 34.0, 10.0, 6.6
 
 
@@ -142,8 +144,9 @@ def _edge(place: Layout, source: Box, target: Box, role: str) -> str:
 
 
 def _near(place: Layout, source: Box, target: Box, role: str) -> str:
-    x0, y0 = place.x(source) + _BOX_W, place.y(source) + _BOX_H / 2
-    x1, y1 = place.x(target), place.y(target) + _BOX_H / 2
+    middle = _BOX_H / 2 + _SHIFT.get(role, 0.0)
+    x0, y0 = place.x(source) + _BOX_W, place.y(source) + middle
+    x1, y1 = place.x(target), place.y(target) + middle
     # Far apart rows leave steeply, so that the line keeps to the gap between the columns.
     bend = (x1 - x0) * (0.5 if abs(y1 - y0) < _ROW else 0.8)
     return f"M{x0:.1f},{y0:.1f}C{x0 + bend:.1f},{y0:.1f} {x1 - bend:.1f},{y1:.1f} {x1:.1f},{y1:.1f}"
