@@ -12,9 +12,9 @@ from epigone.training.loop import train
 from epigone.training.optimizer import Optimizer
 
 MODEL = DecoderConfig(vocab_size=64, layers=2, model_size=16, heads=2, kv_heads=2, max_length=16)
-TRAINING = Training(
-    steps=12, batch_size=8, sequence_length=16, optimizer=Optimizer(learning_rate=0.01, warmup_steps=3), log_every=2
-)
+# With Adam's usual epsilon, a gradient that is nearly 0 turns rounding into a step of full size.
+OPTIMIZER = Optimizer(learning_rate=0.01, warmup_steps=3, epsilon=1e-4)
+TRAINING = Training(steps=12, batch_size=8, sequence_length=16, optimizer=OPTIMIZER, log_every=2)
 
 
 class Batch(NamedTuple):
