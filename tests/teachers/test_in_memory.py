@@ -8,9 +8,11 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
+from epigone.data.pipeline import Batches, pack
 from epigone.lessons.divergences import forward_kl
 from epigone.models import decoder
 from epigone.models.config import DecoderConfig
+from epigone.models.ngram import NGram, NGramModel
 from epigone.models.sharding import make_mesh
 from epigone.teachers.in_memory import DecoderTeacher, NGramTeacher, context_windows
 
@@ -35,7 +37,7 @@ def two_documents_a_row():
 class Trigram:
     """Log-probabilities that depend on the last two tokens alone, bos included."""
 
-    vocab_size = 12
+    vocab_size, order = 12, 3
 
     def next_log_probs(self, contexts):
         tails = [([1, *context.tolist()])[-2:] for context in contexts]
@@ -55,7 +57,7 @@ def brute_force(model, batch):
 
 def test_ngram_scores_each_token_in_its_own_segment():
     batch = two_documents_a_row()
-    teacher = NGramTeacher(Trigram(), "id", order=3)
+    teacher = NGramTeacher(Trigram(), "id")
     fetched = teacher.fetch(batch)
     assert fetched["logits_BTV"].dtype == np.float32
     real = batch.segments_BT > 0
@@ -71,8 +73,22 @@ def test_each_context_is_asked_for_once():
             asked.extend(tuple(context) for context in contexts)
             return super().next_log_probs(contexts)
 
-    NGramTeacher(Counting(), "id", order=3).fetch(two_documents_a_row())
+    NGramTeacher(Counting(), "id").fetch(two_documents_a_row())
     assert len(asked) == len(set(asked))
+
+
+@pytest.mark.parametrize("order", [1, 2, 3])
+def test_a_real_ngram_gives_each_target_the_probability_it_has_in_its_document(order):
+    random = np.random.default_rng(0)
+    documents = [random.integers(4, 20, n).astype(np.int32) for n in (5, 9, 3, 12, 7)]
+    model = NGramModel.fit(NGram(order=order), documents, 20)
+    rows = pack(documents, 16)
+    batch = Batches([rows], None, len(rows), seed=0).batch(0)
+    logits = NGramTeacher(model, "id").fetch(batch)["logits_BTV"]
+    given = np.take_along_axis(logits, batch.targets_BT[..., None], -1)[..., 0][batch.weights_BT > 0]
+    expected = np.concatenate(model.log_probs(documents))
+    assert batch.weights_BT.sum() == len(expected)
+    np.testing.assert_allclose(np.sort(given), np.sort(expected), rtol=1e-5)
 
 
 @pytest.mark.parametrize("width", [1, 2, 5, 20])
@@ -86,7 +102,7 @@ def test_context_windows_end_at_the_segment(width):
 
 def test_ngram_teacher_gives_finite_loss_and_gradient():
     batch = two_documents_a_row()
-    teacher = NGramTeacher(Trigram(), "id", order=3)
+    teacher = NGramTeacher(Trigram(), "id")
     student = jnp.zeros((2, 8, 12)).at[..., :2].set(-1e9)
     scores = teacher.logits(teacher.place(), batch, teacher.fetch(batch))
     value, gradient = jax.value_and_grad(lambda s: forward_kl(s, scores).sum())(student)
@@ -110,7 +126,7 @@ def test_teachers_of_one_shape_share_a_compiled_step():
     first, second = (DecoderTeacher(CONFIG, decoder.init(CONFIG, seed), "id") for seed in (0, 1))
     assert first.logits == second.logits
     assert hash(first.logits) == hash(second.logits)
-    assert NGramTeacher(Trigram(), "a", order=2).logits is NGramTeacher(Trigram(), "b", order=3).logits
+    assert NGramTeacher(Trigram(), "a").logits is NGramTeacher(Trigram(), "b").logits
 
 
 def test_no_gradient_reaches_the_teacher():
@@ -123,4 +139,4 @@ def test_no_gradient_reaches_the_teacher():
 def test_flops_are_those_of_a_forward_pass():
     teacher = DecoderTeacher(CONFIG, decoder.init(CONFIG, 0), "id")
     assert teacher.flops_per_token(8) == decoder.flops_per_token(CONFIG, 8, training=False)
-    assert NGramTeacher(Trigram(), "id", order=3).flops_per_token(8) == 0
+    assert NGramTeacher(Trigram(), "id").flops_per_token(8) == 0

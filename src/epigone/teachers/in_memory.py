@@ -8,7 +8,8 @@ import numpy as np
 
 from epigone.models import decoder
 from epigone.models.config import DecoderConfig
-from epigone.models.language_model import BOS, LanguageModel
+from epigone.models.language_model import BOS
+from epigone.models.ngram import NGramModel
 from epigone.teachers import Batch, Signal
 
 
@@ -65,13 +66,10 @@ class NGramTeacher:
     signal = Signal.DENSE_LOGITS
     logits = staticmethod(fetched_logits)
 
-    def __init__(
-        self, model: LanguageModel, tokenizer_identity: str, tokenizer_name: str = "unnamed", order: int | None = None
-    ) -> None:
+    def __init__(self, model: NGramModel, tokenizer_identity: str, tokenizer_name: str = "unnamed") -> None:
         self.model = model
         self.vocab_size = model.vocab_size
         self.tokenizer_identity, self.tokenizer_name = tokenizer_identity, tokenizer_name
-        self.order: int = order or model.config.order  # type: ignore[attr-defined]
 
     def place(self) -> Any:
         """Nothing: counts stay on the host."""
@@ -79,7 +77,7 @@ class NGramTeacher:
 
     def fetch(self, batch: Batch) -> dict[str, Any]:
         """Natural-log probabilities of the next token, [B, T, V] float32, -inf where the model gives none."""
-        width = max(self.order - 1, 1)
+        width = max(self.model.order - 1, 1)
         windows = context_windows(np.asarray(batch.tokens_BT), np.asarray(batch.segments_BT), width)
         contexts, rows = np.unique(windows.reshape(-1, width), axis=0, return_inverse=True)
         log_probs = self.model.next_log_probs([context[context >= 0] for context in contexts]).astype(np.float32)
