@@ -58,7 +58,8 @@ def sample(
     knobs = Knobs(temperature, top_k, top_p)
     switch = switches(knobs)
     rows = [(i, j) for i in range(len(prompts)) for j in range(samples)]
-    B, T, steps = _round_up(slots, batch_parts(sharding)), bucket(longest + 1), bucket(length)
+    B, steps = _round_up(slots, batch_parts(sharding)), bucket(length)
+    T = min(bucket(longest + 1), config.max_length)
     drawn: list[Sample] = []
     for start in range(0, len(rows), B):
         part = rows[start : start + B]

@@ -18,6 +18,8 @@ SHORTEST = 32
 """Lengths are padded to this times a power of two, so that few shapes are compiled."""
 LOGITS = 2**25
 """Logits that are held at once: 128 MiB."""
+TOKENS = 2**13
+"""Tokens that are scored at once, at most."""
 CONTEXTS = 32
 """Contexts whose next token is scored at once."""
 
@@ -105,7 +107,7 @@ def next_scores(config: DecoderConfig, sharding: Sharding, params: Any, contexts
 def _rows(config: DecoderConfig, sharding: Sharding, T: int) -> int:
     """A power of two of rows whose logits fit, times the parts of the batch."""
     parts = batch_parts(sharding)
-    fitting = max(1, LOGITS // (T * config.sizes.V * parts))
+    fitting = max(1, min(LOGITS // config.sizes.V, TOKENS) // (T * parts))
     return parts << (fitting.bit_length() - 1)
 
 

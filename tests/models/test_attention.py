@@ -1,0 +1,67 @@
+"""Attention against a float64 loop, and which implementation is chosen where."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from epigone.models.attention import causal_mask, choose_attention, cudnn_attention, xla_attention
+
+
+def arrays(B=2, T=9, N=4, K=2, H=6):
+    rng = np.random.default_rng(0)
+    return tuple(rng.standard_normal(shape).astype(np.float32) for shape in ((B, T, N, H), (B, T, K, H), (B, T, K, H)))
+
+
+def naive(q, k, v, mask, cap):
+    q, k, v = (x.astype(np.float64) for x in (q, k, v))
+    out = np.zeros_like(q)
+    B, T, N, H = q.shape
+    for b, t, n in np.ndindex(B, T, N):
+        head = n * k.shape[2] // N
+        scores = k[b, :, head] @ q[b, t, n] / np.sqrt(H)
+        scores = scores if cap is None else cap * np.tanh(scores / cap)
+        weights = np.exp(scores) * mask[b, t]
+        out[b, t, n] = weights @ v[b, :, head] / weights.sum()
+    return out
+
+
+@pytest.mark.parametrize("cap", [None, 0.7])
+@pytest.mark.parametrize("window", [None, 1, 4])
+def test_equals_a_loop_in_float64(window, cap):
+    q, k, v = arrays()
+    segments = np.array([[1] * 9, [1, 1, 1, 2, 2, 2, 2, 0, 0]])
+    mask = np.array(
+        [
+            [[s <= t and row[s] == row[t] and t - s < (window or 99) for s in range(9)] for t in range(9)]
+            for row in segments
+        ]
+    )
+    np.testing.assert_array_equal(causal_mask(jnp.asarray(segments), window), mask)
+    np.testing.assert_allclose(jax.jit(xla_attention)(q, k, v, mask, cap), naive(q, k, v, mask, cap), atol=1e-6)
+
+
+def test_equals_the_implementation_that_jax_ships():
+    q, k, v = arrays(T=16)
+    mask = causal_mask(jnp.ones((2, 16), jnp.int32), None)
+    expected = jax.nn.dot_product_attention(q, k, v, is_causal=True)
+    np.testing.assert_allclose(xla_attention(q, k, v, mask, None), expected, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "name", "reason"),
+    [
+        ((64, "float32", None, "cpu"), "xla", "cpu"),
+        ((64, "bfloat16", None, "tpu"), "xla", "tpu"),
+        ((64, "bfloat16", None, "gpu"), "cudnn", "bfloat16"),
+        ((64, "float32", None, "gpu"), "xla", "float32"),
+        ((60, "bfloat16", None, "gpu"), "xla", "head size 60"),
+        ((64, "bfloat16", 50.0, "gpu"), "xla", "soft cap"),
+    ],
+)
+def test_choice_says_what_and_why(arguments, name, reason):
+    choice = choose_attention(*arguments)
+    assert choice.name == name
+    assert reason in choice.reason
+    assert choice.function is {"xla": xla_attention, "cudnn": cudnn_attention}[name]
+    assert choose_attention(64, "float32", None).name == "xla"
