@@ -68,6 +68,15 @@ def test_written_documents_do_not_depend_on_slots_and_are_samples_of_an_empty_pr
     (drawn,) = sample(LLAMA, spread_params(LLAMA), [PROMPTS[1]], 5, samples=6, length=10, slots=8)
     for document, one in zip(few, drawn, strict=False):
         np.testing.assert_array_equal(document, one.tokens[one.tokens != EOS])
+    (continued,) = model().sample([PROMPTS[1]], 5, samples=3, length=10)
+    for document, one in zip(few, continued, strict=False):
+        np.testing.assert_array_equal(document, one)
+
+
+def test_what_is_written_fits_the_model_and_is_scored_in_one_window():
+    documents = model().write(300, 0, max_length=99)
+    assert max(len(d) for d in documents) == LLAMA.max_length - 1
+    assert len(windows_of(documents, LLAMA.max_length)) == len(documents)
 
 
 @pytest.mark.parametrize("tokens", [1, 37, 500])

@@ -62,8 +62,8 @@ def _ring(sharding: Sharding, x_BTKH: jax.Array, columns: int) -> jax.Array:
 
     if not in_mesh():
         return local(x_BTKH)
-    specs = {"in_specs": sharding.activation("BTKH"), "out_specs": ring_sharding(sharding)}
-    return jax.shard_map(local, **specs)(x_BTKH)
+    cut = jax.shard_map(local, in_specs=(sharding.activation("BTKH"),), out_specs=ring_sharding(sharding))
+    return cut(x_BTKH)
 
 
 def unstacked(model: Decoder) -> list[Weights]:

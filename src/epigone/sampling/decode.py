@@ -126,12 +126,13 @@ class DecoderLanguageModel:
     ) -> list[Document]:
         """Sample documents until their tokens (each with its eos) reach `tokens`; the same for the same seed.
 
-        Document i is sample i of an empty prompt, and ends at eos, after `max_length` tokens, or at the
-        model's own max_length. It does not depend on how many are written side by side, up to float32 rounding.
+        Document i is sample i of an empty prompt. It ends at eos, after `max_length` tokens, or where bos and
+        its tokens fill the model's own max_length, so that the model can score what it wrote. It does not
+        depend on how many are written side by side, up to float32 rounding.
         """
         if tokens <= 0:
             return []
-        limit = min(max_length, self.config.max_length)
+        limit = max(1, min(max_length, self.config.max_length - 1))
         records = list(self._records(tokens, seed, Knobs(temperature, top_k, top_p), limit))
         documents = _documents(records)
         counts = np.cumsum([len(document) + 1 for document in documents])
@@ -148,22 +149,12 @@ class DecoderLanguageModel:
         top_k: int = 0,
         top_p: float = 1.0,
     ) -> list[list[Document]]:
-        """`samples` continuations of bos + each prompt, without their eos; see the function `sample`."""
-        rows = min(self.slots, len(prompts) * samples)
-        drawn = sample(
-            self.config,
-            self.params,
-            prompts,
-            seed,
-            samples=samples,
-            length=length,
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-            slots=rows,
-            sharding=self.sharding,
-        )
-        return [[s.tokens[:-1] if len(s.tokens) and s.tokens[-1] == EOS else s.tokens for s in row] for row in drawn]
+        """`samples` continuations of bos + each prompt, each until eos (not included) or `length` tokens."""
+        slots = min(self.slots, 1 << max(0, len(prompts) * samples - 1).bit_length())
+        knobs: dict[str, Any] = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
+        sizes: dict[str, Any] = {"samples": samples, "length": length, "slots": slots, "sharding": self.sharding}
+        found = sample(self.config, self.params, prompts, seed, **sizes, **knobs)
+        return [[_without_eos(one.tokens) for one in row] for row in found]
 
     def _records(self, tokens: int, seed: int, knobs: Knobs, limit: int) -> Iterator[Drawn]:
         """What was drawn, chunk by chunk, until every document that was started has ended."""
@@ -189,7 +180,11 @@ def _documents(records: Sequence[Drawn]) -> list[Document]:
     samples, tokens = samples[used], tokens[used]
     order = np.argsort(samples, kind="stable")
     parts = np.split(tokens[order], np.cumsum(np.bincount(samples))[:-1])
-    return [part[:-1] if part[-1] == EOS else part for part in parts]
+    return [_without_eos(part) for part in parts]
+
+
+def _without_eos(tokens: np.ndarray) -> Document:
+    return tokens[:-1] if len(tokens) and tokens[-1] == EOS else tokens
 
 
 def _round_up(size: int, multiple: int) -> int:

@@ -82,10 +82,10 @@ def start_empty(
 ) -> State:
     """Every row at the start of a document of its own, samples 0, 1, ... of prompt 0."""
     model = nnx.merge(structure(config, sharding), params)
-    token_B, zero_B = jnp.full((rows,), BOS, jnp.int32), jnp.zeros((rows,), jnp.int32)
-    state = _state(
-        empty_rings(model, rows, columns), token_B, zero_B, zero_B + limit, zero_B, jnp.arange(rows, dtype=jnp.int32)
-    )
+    token_B, sample_B = jnp.full((rows,), BOS, jnp.int32), jnp.arange(rows, dtype=jnp.int32)
+    zero_B = jnp.zeros_like(token_B)
+    rings = empty_rings(model, rows, columns)
+    state = _state(rings, token_B, zero_B, zero_B + limit, zero_B, sample_B, token_B == BOS)
     return state._replace(next_sample=jnp.int32(rows))
 
 
@@ -107,14 +107,16 @@ def start_prompts(
     positions_BT = jnp.arange(T)[None] - (T - lengths_B[:, None])
     before = (tokens_BT, jnp.maximum(positions_BT, 0), (positions_BT >= 0).astype(jnp.int32))
     rings = prefill(model, columns, *(placed(x[:, :-1], sharding.activation("BT")) for x in before))
-    state = _state(rings, tokens_BT[:, -1], lengths_B - 1, limit_B, prompt_B, sample_B)
-    return state._replace(step=jnp.int32(T - 1), live_B=placed(limit_B >= lengths_B, P()))
+    live_B = limit_B >= lengths_B
+    state = _state(rings, tokens_BT[:, -1], lengths_B - 1, limit_B, prompt_B, sample_B, live_B)
+    return state._replace(step=jnp.int32(T - 1))
 
 
 def _state(rings: list[Ring], *vectors_B: jax.Array) -> State:
     """The state in which rows begin. What is known about rows is small, and whole on every device."""
-    zero, live_B = jnp.int32(0), jnp.ones(vectors_B[0].shape, bool)
-    return State(zero, *(placed(x, P()) for x in vectors_B), live_B, zero, zero, rings)
+    zero = jnp.int32(0)
+    token_B, position_B, limit_B, prompt_B, sample_B, live_B = (placed(x, P()) for x in vectors_B)
+    return State(zero, token_B, position_B, limit_B, prompt_B, sample_B, live_B, zero, zero, rings)
 
 
 @partial(jax.jit, static_argnames=("config", "sharding", "steps", "switch"), donate_argnames=("state",))
