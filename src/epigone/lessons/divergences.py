@@ -29,6 +29,7 @@ from typing import Protocol
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
 
 from epigone.errors import UserError
 
@@ -40,21 +41,21 @@ class Divergence(Protocol):
 
     def __call__(
         self,
-        student_logits_BTV: jax.Array,
-        teacher_logits_BTV: jax.Array,
+        student_logits_BTV: Float[Array, "B T V"],
+        teacher_logits_BTV: Float[Array, "B T V"],
         *,
         temperature: float = 1.0,
         temperature_squared: bool = True,
-    ) -> jax.Array: ...
+    ) -> Float[Array, "B T"]: ...
 
 
 def forward_kl(
-    student_logits_BTV: jax.Array,
-    teacher_logits_BTV: jax.Array,
+    student_logits_BTV: Float[Array, "B T V"],
+    teacher_logits_BTV: Float[Array, "B T V"],
     *,
     temperature: float = 1.0,
     temperature_squared: bool = True,
-) -> jax.Array:
+) -> Float[Array, "B T"]:
     """KL(P || S) = sum_v P (log P - log S), times T^2: covers all that the teacher may say. Hinton et al. 2015.
 
     Args: logits [B, T, V]. Returns: [B, T] in nats. Raises UserError for a temperature that is not positive.
@@ -64,12 +65,12 @@ def forward_kl(
 
 
 def reverse_kl(
-    student_logits_BTV: jax.Array,
-    teacher_logits_BTV: jax.Array,
+    student_logits_BTV: Float[Array, "B T V"],
+    teacher_logits_BTV: Float[Array, "B T V"],
     *,
     temperature: float = 1.0,
     temperature_squared: bool = True,
-) -> jax.Array:
+) -> Float[Array, "B T"]:
     """KL(S || P) = sum_v S (log S - log P), times T^2: punishes what the teacher would not say. Gu et al. 2024.
 
     Args: logits [B, T, V]. Returns: [B, T] in nats. Raises UserError for a temperature that is not positive.
@@ -79,13 +80,13 @@ def reverse_kl(
 
 
 def jsd(
-    student_logits_BTV: jax.Array,
-    teacher_logits_BTV: jax.Array,
+    student_logits_BTV: Float[Array, "B T V"],
+    teacher_logits_BTV: Float[Array, "B T V"],
     *,
     beta: float = 0.5,
     temperature: float = 1.0,
     temperature_squared: bool = True,
-) -> jax.Array:
+) -> Float[Array, "B T"]:
     """beta KL(P || M) + (1 - beta) KL(S || M), M = beta P + (1 - beta) S, times T^2. Agarwal et al. 2024, eq. 1.
 
     beta=0 means forward_kl and beta=1 means reverse_kl: the limits of jsd / (beta (1 - beta)). jsd itself tends to 0
@@ -105,7 +106,7 @@ def jsd(
     return _total(_jsd_terms(beta, log_s, log_p), temperature, temperature_squared)
 
 
-def cross_entropy(logits_BTV: jax.Array, targets_BT: jax.Array) -> jax.Array:
+def cross_entropy(logits_BTV: Float[Array, "B T V"], targets_BT: Int[Array, "B T"]) -> Float[Array, "B T"]:
     """-log softmax(logits)[target] in nats: [B, T], float32 (float64 for float64 logits), unreduced."""
     logits_BTV = _floored(logits_BTV, 1.0)
     # A masked sum instead of a gather: a vocabulary sharded over devices stays where it is.

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-import jax
+from jaxtyping import Array, Float, Int
 
 from epigone.errors import UserError
 from epigone.lessons.divergences import Divergence, cross_entropy, forward_kl
@@ -35,8 +35,11 @@ class Objective:
         return self.hard_weight < 1.0
 
     def loss(
-        self, student_logits_BTV: jax.Array, teacher_logits_BTV: jax.Array | None, targets_BT: jax.Array
-    ) -> jax.Array:
+        self,
+        student_logits_BTV: Float[Array, "B T V"],
+        teacher_logits_BTV: Float[Array, "B T V"] | None,
+        targets_BT: Int[Array, "B T"],
+    ) -> Float[Array, "B T"]:
         """Loss [B, T] in nats (times T^2 in its first part), float32, neither weighted nor averaged.
 
         Raises: UserError where a teacher is needed and there is none.

@@ -7,12 +7,13 @@ A checkpoint is written under a hidden name and renamed when its manifest is the
 that takes a second, and short runs need it only at their end.
 """
 
+import contextlib
 import hashlib
 import json
 import os
 import shutil
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -249,21 +250,14 @@ def _hidden(final: Path) -> Path:
     return final.with_name(f".{final.name}.tmp")
 
 
-class _writing:
+@contextlib.contextmanager
+def _writing(final: Path) -> Iterator[None]:
     """Any failure to write becomes one line."""
-
-    def __init__(self, final: Path) -> None:
-        self._final = final
-
-    def __enter__(self) -> None: ...
-
-    def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
-        # Tensorstore reports a full disk as a ValueError.
-        if isinstance(error, OSError | ValueError):
-            reason = str(error).splitlines()[0][:300]
-            raise Fault(
-                f"could not write {self._final}: {reason}; make room there, and run the same command again"
-            ) from error
+    try:
+        yield
+    except (OSError, ValueError) as error:  # Tensorstore reports a full disk as a ValueError.
+        reason = str(error).splitlines()[0][:300]
+        raise Fault(f"could not write {final}: {reason}; make room there, and run the same command again") from error
 
 
 def _chosen_by_first_process(choose: Callable[[], int]) -> int:

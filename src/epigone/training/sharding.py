@@ -37,14 +37,13 @@ def to_mesh(local: Any, microbatches: int, mesh: Mesh) -> Any:
     Which sequences share a micro-batch depends on the number of processes; sums over all micro-batches do not.
     """
     count = jax.process_count()
+    parts = jax.tree.map(lambda x: np.asarray(x).reshape(microbatches, -1, *np.shape(x)[1:]), local)
+    shardings = jax.tree.map(lambda x: NamedSharding(mesh, P(None, BATCH_AXES, *(None,) * (x.ndim - 2))), parts)
+    if count == 1:
+        return jax.device_put(parts, shardings)
 
-    def place(array: Any) -> jax.Array:
-        array = np.asarray(array)
-        parts = array.reshape(microbatches, -1, *array.shape[1:])
-        sharding = NamedSharding(mesh, P(None, BATCH_AXES, *(None,) * (array.ndim - 1)))
-        if count == 1:
-            return jax.device_put(parts, sharding)
-        shape = (microbatches, parts.shape[1] * count, *array.shape[1:])
-        return jax.make_array_from_process_local_data(sharding, parts, shape)
+    def share(part: np.ndarray, sharding: NamedSharding) -> jax.Array:
+        shape = (microbatches, part.shape[1] * count, *part.shape[2:])
+        return jax.make_array_from_process_local_data(sharding, part, shape)
 
-    return jax.tree.map(place, local)
+    return jax.tree.map(share, parts, shardings)
