@@ -12,7 +12,7 @@ from rich.table import Table
 
 from epigone.lineage import Node
 
-COUNTING_WORK = 1e10
+COUNTING_WORK = 4e10
 """Work of a node that counts, in the FLOPs of a decoder that takes about as long; it only weighs the first ETA."""
 
 SHOWN = 6
