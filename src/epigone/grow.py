@@ -136,13 +136,16 @@ def _train(
     node: Node, sources: list[list[Document]], materials: Materials, hardware: Any, view: View
 ) -> dict[str, Any]:
     """Train a model that multiplies matrices. JAX starts here."""
+    import jax
+
     from epigone.models.decoder import parameter_count
     from epigone.training import checkpoint, loop
 
     lesson, identity = node.lesson, materials.store.lineage.identities[node.key]
     config = filled(node, materials)
     rows = [pack(source, lesson.training.sequence_length) for source in sources]
-    batches = Batches(rows, lesson.weights, lesson.training.batch_size, seed_of(identity, "data"))
+    parts = (jax.process_index(), jax.process_count())
+    batches = Batches(rows, lesson.weights, lesson.training.batch_size, seed_of(identity, "data"), *parts)
     directory = materials.store.directory(node)
     view.stage("train", lesson.training.steps)
     trained = loop.train(

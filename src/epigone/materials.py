@@ -52,16 +52,16 @@ class Materials:
     def documents(self, source: Text | Written, config: TrainedTokenizer) -> list[Document]:
         """The token documents of a source, real or written by a node that is done."""
         tokenizer = self.tokenizer(config)
-        if isinstance(source, Written):
-            return self._written(source, tokenizer)
-        whole = fingerprint(replace(source, skip=0, tokens=None))
-        if (whole, tokenizer.identity) not in self._encoded:
-            encoded = tokenizer.encode_batch(list(self.strings(source)))
-            self._encoded[whole, tokenizer.identity] = encoded
-        documents = self._encoded[whole, tokenizer.identity]
-        if source.skip == 0 and source.tokens is None:
-            return documents
-        return corpora.slice_documents(documents, source.skip, source.tokens)
+        whole = replace(source, skip=0, tokens=None) if isinstance(source, Text) else source
+        name = (fingerprint(whole), tokenizer.identity)
+        if name not in self._encoded:
+            if isinstance(whole, Written):
+                self._encoded[name] = self._written(whole, tokenizer)
+            else:
+                self._encoded[name] = tokenizer.encode_batch(list(self.strings(whole)))
+        if isinstance(source, Text) and whole != source:
+            return corpora.slice_documents(self._encoded[name], source.skip, source.tokens)
+        return self._encoded[name]
 
     def index(self, text: Text, config: TrainedTokenizer) -> NGramIndex:
         """The n-grams of a real text, against which novelty is counted."""
