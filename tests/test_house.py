@@ -20,7 +20,7 @@ MAY_IMPORT = {
     "models": {"errors"},
     "data": {"errors", "models"},
     "lessons": {"errors"},
-    "teachers": {"errors", "models", "lessons"},
+    "teachers": {"errors", "models", "lessons", "data"},
     "training": {"errors", "identity", "models", "lessons", "teachers", "data"},
     "evaluate": {"errors", "models"},
     "report": {"errors"},

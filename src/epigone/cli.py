@@ -160,12 +160,12 @@ def parse(kind: type, arguments: Sequence[str], program: str, description: str |
 
 def _one_line(box: str) -> str:
     """What stands in an error box, up to the general advice, on one line."""
-    lines = [line.strip("╭╮╰╯│─ ") for line in box.splitlines()]
+    lines = [line.strip("│| ") for line in box.splitlines() if line.strip("╭╮╰╯│─+|- ")]
     kept: list[str] = []
-    for line in lines[1:]:
+    for line in lines if "rror" not in lines[0] else lines[1:]:
         if line.startswith(("For full helptext", "Argument helptext")):
             break
-        kept += [line] if line else []
+        kept.append(line)
     return "; ".join(kept).replace(":;", ":")
 
 

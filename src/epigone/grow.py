@@ -66,7 +66,7 @@ def grow(
             if is_first():
                 record = _measured(node, record, materials, view)
                 store.write_record(node, record)
-                shutil.rmtree(store.directory(node) / "training", ignore_errors=True)
+                shutil.rmtree(store.directory(node) / "training" / "checkpoints", ignore_errors=True)
             wait(f"{node.key} is done")
             view.finish(node, record)
     return [node.key for node in nodes]
@@ -178,7 +178,7 @@ def filled(node: Node, materials: Materials) -> Any:
 
 def _teacher(node: Node, materials: Materials) -> Any:
     """The node whose scores are learned, checked against the student before any work."""
-    from epigone.teachers import in_memory
+    from epigone.teachers import check_compatible, in_memory
 
     if node.lesson.teacher is None:
         return None
@@ -186,8 +186,18 @@ def _teacher(node: Node, materials: Materials) -> Any:
     model: Any = materials.model(parent)
     tokenizer = materials.tokenizer(parent.tokenizer)
     if isinstance(parent.model, NGram):
-        return in_memory.NGramTeacher(model, tokenizer.identity, tokenizer.name)
-    return in_memory.DecoderTeacher(model.config, model.params, tokenizer.identity, tokenizer.name)
+        teacher: Any = in_memory.NGramTeacher(model, tokenizer.identity, tokenizer.name)
+    else:
+        teacher = in_memory.DecoderTeacher(model.config, model.params, tokenizer.identity, tokenizer.name)
+    own = materials.tokenizer(node.tokenizer)
+    check_compatible(
+        node.lesson.objective,
+        teacher,
+        vocab_size=filled(node, materials).vocab_size,
+        tokenizer_identity=own.identity,
+        tokenizer_name=own.name,
+    )
+    return teacher
 
 
 def _start(node: Node, materials: Materials) -> Any:

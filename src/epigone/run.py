@@ -47,7 +47,8 @@ class Run:
 def run(arguments: Sequence[str]) -> None:
     """Read the arguments, which depend on the config, and do what they ask."""
     if not arguments or arguments[0].startswith("-"):
-        parse(Run, arguments, "epigone run")
+        if {"-h", "--help"} & set(arguments):
+            parse(Run, ["--help"], "epigone run")
         raise UserError("say which config first, as in: epigone run configs/quickstart.py")
     function = load_config(Path(arguments[0]))
     kind = _with_options(function)
@@ -131,6 +132,7 @@ def _print_help(kind: type, function: Callable[..., Lineage], config: str) -> No
     console.print("\nfields for --set, as NODE.FIELD=VALUE (a pattern such as 'self-*' takes several nodes):\n")
     for name, value in [*kinds_of_node(lineage).items(), ("evaluation", lineage.evaluation)]:
         table = Table(title=name, title_justify="left", box=None, padding=(0, 2, 0, 0), show_header=False)
+        table.add_column(no_wrap=True)
         for path, present, text in documented_fields(value):
             table.add_row(path, f"[dim]{_shown(present)}[/]", text)
         console.print(table)
@@ -190,7 +192,8 @@ def grow_and_report(lineage: Lineage, directory: Path, given: Any) -> None:
     with Terminal(lineage.name, work) as view:
         grown = grow(lineage, directory, hardware=given.hardware, only=given.node, data=given.data, view=view)
     if not grown:
-        print(f"{lineage.name}: all of {given.node or f'{len(lineage.nodes)} nodes'} is done, nothing to grow")
+        done = f"{given.node} is" if given.node else f"all {len(lineage.nodes)} nodes are"
+        print(f"{lineage.name}: {done} done, nothing to grow")
     if given.node is None:
         page = directory / "report.html"
         print(f"report: {write_report(directory) if grown or not page.exists() else page}")

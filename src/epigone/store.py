@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
+from epigone import __version__
 from epigone.errors import Fault, UserError
 from epigone.identity import canonical, fingerprint
 from epigone.lineage import Lineage, Node, TrainedTokenizer, Written, did_you_mean
@@ -68,15 +69,16 @@ class Store:
             }
             for node in lineage.order
         ]
-        write_json(
-            self.run / "lineage.json",
-            {
-                "name": lineage.name,
-                "description": lineage.description,
-                "nodes": nodes,
-                "evaluation": canonical(lineage.evaluation),
-            },
-        )
+        described = {
+            "name": lineage.name,
+            "description": lineage.description,
+            "epigone": __version__,
+            "nodes": nodes,
+            "evaluation": canonical(lineage.evaluation),
+        }
+        path = self.run / "lineage.json"
+        if not path.exists() or path.read_text() != json.dumps(described, indent=1):
+            write_json(path, described)
 
     @contextlib.contextmanager
     def lock(self, node: Node | None = None) -> Iterator[None]:

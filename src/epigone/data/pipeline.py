@@ -18,6 +18,10 @@ _FOREVER = 2**62
 _PREFETCHED = 8
 
 
+Array = Any
+"""An array [B, T]: of numpy on the host, of JAX inside a step."""
+
+
 class Batch(NamedTuple):
     """One process's share of a global batch; B is that share.
 
@@ -25,11 +29,11 @@ class Batch(NamedTuple):
     position 0, weight 0 and pad for token and target.
     """
 
-    tokens_BT: np.ndarray
-    targets_BT: np.ndarray
-    weights_BT: np.ndarray
-    positions_BT: np.ndarray
-    segments_BT: np.ndarray
+    tokens_BT: Array
+    targets_BT: Array
+    weights_BT: Array
+    positions_BT: Array
+    segments_BT: Array
 
 
 class Batches:

@@ -6,6 +6,7 @@ from typing import Any, Protocol
 
 import jax
 
+from epigone.data.pipeline import Batch
 from epigone.errors import UserError
 from epigone.lessons.objective import Objective
 
@@ -17,16 +18,6 @@ class Signal(Enum):
     HIDDEN_STATES = "hidden states and an output head"
     SPARSE_SCORES = "sparse scores"
     TEXT_ONLY = "text only"
-
-
-class Batch(Protocol):
-    """The arrays of `epigone.data.pipeline.Batch`, all [B, T], here of numpy or of JAX."""
-
-    tokens_BT: Any
-    targets_BT: Any
-    weights_BT: Any
-    positions_BT: Any
-    segments_BT: Any
 
 
 class Teacher(Protocol):

@@ -2,10 +2,10 @@
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import jax
 import numpy as np
@@ -13,26 +13,21 @@ from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from epigone.errors import Fault
+from epigone.data.pipeline import Batches
+from epigone.errors import Fault, Stopped
 from epigone.lessons.objective import Objective
 from epigone.models import decoder
 from epigone.models.config import DecoderConfig
 from epigone.models.sharding import make_mesh
-from epigone.teachers import Batch, Teacher, check_compatible
+from epigone.teachers import Teacher, check_compatible
 from epigone.training.checkpoint import Checkpointer
 from epigone.training.config import Hardware, Training
 from epigone.training.metrics import Clock, Events, Progress, StepReport
 from epigone.training.sharding import check_divisible, to_mesh
 from epigone.training.step import programs
-from epigone.training.stopping import Stopped, StopRequest
+from epigone.training.stopping import StopRequest
 
 __all__ = ["Hardware", "StepReport", "Stopped", "Trained", "Training", "train"]
-
-
-class Batches(Protocol):
-    """Batches by step: this process's part of each, the same after a restart."""
-
-    def iterate(self, start_step: int) -> Iterator[Batch]: ...
 
 
 @dataclass(frozen=True)
@@ -153,9 +148,8 @@ def train(
                     saved_at = time.monotonic()
                     if stopping:
                         checkpoints.wait()
-                        raise Stopped(
-                            f"node '{key}' stopped at step {step} of {training.steps}; its checkpoint is whole"
-                        )
+                        where = f"node '{key}' stopped at step {step} of {training.steps}"
+                        raise Stopped(f"{where}; the same command goes on from here")
             if running is not None:
                 finished(*running)
         finally:

@@ -8,10 +8,6 @@ from typing import Any
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
-class Stopped(Exception):
-    """Training stopped because it was asked to, after a checkpoint: say so, and exit. The same command goes on."""
-
-
 class StopRequest:
     """While it is entered, SIGTERM and SIGINT are a wish to stop, seen by `at`.
 
