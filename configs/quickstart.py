@@ -46,25 +46,27 @@ def lineage(seeds: int = 3, generations: int = 10, temperature: float = 2.0, sca
     """Trigram generations, a distilled student against its control, transformer generations.
 
     Args:
-        seeds: repetitions of every recipe whose spread the report gives, at most 4.
+        seeds: repetitions of every recipe whose spread the report gives, at most 7.
         generations: trigram generations after the first.
         temperature: divides teacher's and student's logits in distillation.
         scale: factor on the training steps of the transformers; less is faster and worse.
     """
 
-    def training(steps: int) -> Training:
-        optimizer = Optimizer(learning_rate=5e-3, warmup_steps=20)
-        return Training(steps=max(1, round(scale * steps)), batch_size=16, sequence_length=64, optimizer=optimizer)
-
     def transformer(name: str, model: DecoderConfig, text: Text | Written, steps: int, **labels: str) -> Node:
-        lesson = Lesson(text=(text,), objective=Objective(hard_weight=1.0), training=training(steps))
+        large = model is LARGE
+        training = Training(
+            steps=max(1, round(scale * steps)),
+            batch_size=16 if large else 8,
+            sequence_length=64,
+            optimizer=Optimizer(learning_rate=4e-3 if large else 3e-3, warmup_steps=20),
+        )
+        lesson = Lesson(text=(text,), objective=Objective(hard_weight=1.0), training=training)
         return Node(name, 0, model, WORDS, lesson, labels=labels)
 
     # 1. A small language model that knows only triplets of words, and the copies of its copies.
-    few = Text(BIBLE, tokens=100_000)
-    nodes = []
+    nodes: list[Node] = []
     for seed in range(seeds):
-        own = change(few, skip=200_000 * seed)  # every seed counts another part of the text, and has fresh text left
+        own = Text(BIBLE, skip=120_000 * seed, tokens=60_000)  # another part for every seed, with fresh text behind it
         counting = Lesson(text=(own,), validation=Text(BIBLE, split="validation"))
         root = Node("trigram", 0, NGram(order=3), WORDS, counting, seed=seed, labels={"family": "trigram"})
         nodes += [root, *chain(root, generations, regimes.replace, name="trigram-replace")]
@@ -72,9 +74,9 @@ def lineage(seeds: int = 3, generations: int = 10, temperature: float = 2.0, sca
         nodes += chain(root, generations, regimes.accumulate, name="trigram-accumulate")
 
     # 2. Two per cent of the text: the student has the teacher's scores, the control has the text alone.
-    teacher = transformer("teacher", LARGE, Text(BIBLE), 500, family="distillation", role="teacher")
+    teacher = transformer("teacher", LARGE, Text(BIBLE), 420, family="distillation", role="teacher")
     crumbs = Text(BIBLE, tokens=20_000)
-    control = change(transformer("control", SMALL, crumbs, 180, family="distillation", role="control"), generation=1)
+    control = change(transformer("control", SMALL, crumbs, 240, family="distillation", role="control"), generation=1)
     soft = Objective(divergence=forward_kl, temperature=temperature)
     student = change(
         control,
@@ -85,19 +87,20 @@ def lineage(seeds: int = 3, generations: int = 10, temperature: float = 2.0, sca
     nodes += [teacher, *fan_out(teacher, repeat(student, seeds)), *repeat(control, seeds)]
 
     # 3. Transformers on their own text; and a small pupil that reads what the large teacher writes.
-    first = transformer("self", SMALL, few, 160, family="transformer")
+    first = transformer("self", SMALL, Text(BIBLE, tokens=80_000), 180, family="transformer")
     nodes += [first]
     nodes += chain(first, 3, regimes.replace, name="self-replace")
     nodes += chain(first, 3, regimes.accumulate, name="self-accumulate")
-    story = Written(by=teacher.key, tokens=100_000)
+    story = Written(by=teacher.key, tokens=80_000)
     nodes += [
-        change(transformer("pupil", SMALL, story, 160, family="transformer", regime="larger teacher"), generation=1)
+        change(transformer("pupil", SMALL, story, 180, family="transformer", regime="larger teacher"), generation=1)
     ]
 
     evaluation = Evaluation(
         text=Text(BIBLE, split="test"),
         real=Text(BIBLE),
         write_tokens=10_000,
+        contexts=500,
         prompts=PROMPTS,
         compare={"control": teacher.key},
     )

@@ -160,9 +160,9 @@ def parse(kind: type, arguments: Sequence[str], program: str, description: str |
 
 def _one_line(box: str) -> str:
     """What stands in an error box, up to the general advice, on one line."""
-    lines = [line.strip("│| ") for line in box.splitlines() if line.strip("╭╮╰╯│─+|- ")]
+    lines = [line.strip("│| ") for line in box.splitlines()[1:] if line.strip("╭╮╰╯│─+|- ")]
     kept: list[str] = []
-    for line in lines if "rror" not in lines[0] else lines[1:]:
+    for line in lines:
         if line.startswith(("For full helptext", "Argument helptext")):
             break
         kept.append(line)

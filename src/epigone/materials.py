@@ -80,13 +80,16 @@ class Materials:
     def _written(self, source: Written, tokenizer: Tokenizer) -> list[Document]:
         directory = self.store.written(source)
         if not directory.exists():
-            self._write(source, directory)
+            documents, writer = self._write(source, directory)
+            if writer.identity == tokenizer.identity:
+                return documents
         text = corpora.read_text(directory)
         if text.card["tokenizer"] == tokenizer.identity:
             return text.tokens()
         return tokenizer.encode_batch(list(text))
 
-    def _write(self, source: Written, directory: Path) -> None:
+    def _write(self, source: Written, directory: Path) -> tuple[list[Document], Tokenizer]:
+        """Let a node write, and store what it wrote; with the tokenizer that it wrote in."""
         writer = self.store.lineage[source.by]
         identity = self.store.lineage.identities[source.by]
         tokenizer = self.tokenizer(writer.tokenizer)
@@ -99,6 +102,7 @@ class Materials:
             "tokenizer": tokenizer.identity,
         }
         corpora.write_text(directory, [tokenizer.decode(ids) for ids in documents], card, tokens=documents)
+        return documents, tokenizer
 
     def model(self, node: Node) -> LanguageModel:
         """A node that is done, ready to be asked."""

@@ -182,13 +182,12 @@ def grow_and_report(lineage: Lineage, directory: Path, given: Any) -> None:
     from epigone.plan import plan
     from epigone.report import write_report
     from epigone.store import Store
-    from epigone.view import COUNTING_WORK, Terminal
+    from epigone.view import COUNTING_WORK, MEASURING_WORK, Terminal
 
     store = Store(directory, lineage, given.data)
     waiting = {node.key for node in pending(store) if given.node in (None, node.key)}
-    work = {
-        r.key: float(r.flops or COUNTING_WORK) for r in (plan(lineage, store) if waiting else []) if r.key in waiting
-    }
+    rows = [row for row in (plan(lineage, store) if waiting else []) if row.key in waiting]
+    work = {row.key: row.flops + MEASURING_WORK if row.flops else COUNTING_WORK for row in rows}
     with Terminal(lineage.name, work) as view:
         grown = grow(lineage, directory, hardware=given.hardware, only=given.node, data=given.data, view=view)
     if not grown:

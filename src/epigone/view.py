@@ -12,8 +12,11 @@ from rich.table import Table
 
 from epigone.lineage import Node
 
-COUNTING_WORK = 4e10
-"""Work of a node that counts, in the FLOPs of a decoder that takes about as long; it only weighs the first ETA."""
+COUNTING_WORK = 5e10
+"""Work of a node that counts, in the FLOPs of a decoder that takes about as long."""
+
+MEASURING_WORK = 3e11
+"""Work of a decoder beside its training (to read, write and be measured), in the same unit."""
 
 SHOWN = 6
 """Finished nodes that stay in sight."""
