@@ -7,23 +7,30 @@ from functools import cache
 
 from epigone.errors import Fault
 
+VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
+"""What a launcher sets."""
+
+
+def _several() -> bool:
+    return os.environ.get(VARIABLES[1], "1") != "1"
+
 
 @cache
 def join() -> int:
     """Join the program that the environment describes; the number of this process in it, 0 when it is alone.
 
-    The launcher sets JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID. A process that cannot join ends the
-    run: going on alone would train the same model many times.
+    A process that cannot join ends the run: going on alone would train the same model many times.
     """
-    if int(os.environ.get("JAX_NUM_PROCESSES", "1")) == 1:
+    if not _several():
         return 0
     import jax
 
+    address, count, rank = (os.environ.get(name, "") for name in VARIABLES)
     try:
-        jax.distributed.initialize()
+        jax.distributed.initialize(address, int(count), int(rank))
     except (ValueError, RuntimeError) as error:
-        address, rank = os.environ.get("JAX_COORDINATOR_ADDRESS"), os.environ.get("JAX_PROCESS_ID")
-        raise Fault(f"process {rank} could not join the coordinator at {address}: {error}") from None
+        given = f"{VARIABLES[0]}={address} {VARIABLES[1]}={count} {VARIABLES[2]}={rank}"
+        raise Fault(f"this process could not join the others ({given}): {str(error).splitlines()[0]}") from None
     return jax.process_index()
 
 
@@ -34,7 +41,7 @@ def is_first() -> bool:
 
 def wait(place: str) -> None:
     """Go on when all processes are at the same place."""
-    if int(os.environ.get("JAX_NUM_PROCESSES", "1")) > 1:
+    if _several():
         from jax.experimental import multihost_utils
 
         multihost_utils.sync_global_devices(place)

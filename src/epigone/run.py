@@ -180,6 +180,7 @@ def grow_and_report(lineage: Lineage, directory: Path, given: Any) -> None:
     """Grow what is not done, write the report, say where it is."""
     from epigone.grow import grow, pending
     from epigone.plan import plan
+    from epigone.processes import is_first
     from epigone.report import write_report
     from epigone.store import Store
     from epigone.view import COUNTING_WORK, MEASURING_WORK, Terminal
@@ -188,8 +189,10 @@ def grow_and_report(lineage: Lineage, directory: Path, given: Any) -> None:
     waiting = {node.key for node in pending(store) if given.node in (None, node.key)}
     rows = [row for row in (plan(lineage, store) if waiting else []) if row.key in waiting]
     work = {row.key: row.flops + MEASURING_WORK if row.flops else COUNTING_WORK for row in rows}
-    with Terminal(lineage.name, work) as view:
+    with Terminal(lineage.name, work, Console(quiet=not is_first())) as view:
         grown = grow(lineage, directory, hardware=given.hardware, only=given.node, data=given.data, view=view)
+    if not is_first():
+        return
     if not grown:
         done = f"{given.node} is" if given.node else f"all {len(lineage.nodes)} nodes are"
         print(f"{lineage.name}: {done} done, nothing to grow")

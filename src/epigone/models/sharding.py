@@ -12,8 +12,10 @@ the default device: every placement below is then the identity.
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -132,6 +134,18 @@ def in_mesh() -> bool:
 def placed(x: jax.Array, spec: P) -> jax.Array:
     """`x`, moved to `spec` on the current mesh; unchanged when none is set."""
     return jax.reshard(x, spec) if in_mesh() else x
+
+
+def spread(arrays: Any, shardings: Any) -> Any:
+    """A tree of arrays that every process has whole, cut over the devices of all processes as `shardings` says."""
+
+    def place(array: jax.Array, sharding: NamedSharding) -> jax.Array:
+        if jax.process_count() == 1:
+            return jax.device_put(array, sharding)
+        whole = np.asarray(array)
+        return jax.make_array_from_callback(whole.shape, sharding, lambda index: whole[index])
+
+    return jax.tree.map(place, arrays, shardings)
 
 
 def out(spec: P) -> P | None:

@@ -10,6 +10,7 @@ from epigone.models import decoder
 from epigone.models.config import DecoderConfig
 from epigone.models.language_model import BOS
 from epigone.models.ngram import NGramModel
+from epigone.models.sharding import spread
 from epigone.teachers import Batch, Signal
 
 
@@ -40,7 +41,7 @@ class DecoderTeacher:
     def place(self) -> Any:
         """The parameters, cut over the mesh that is set as the student's are."""
         shardings = jax.tree.map(lambda leaf: leaf.sharding, decoder.abstract(self.logits.config))
-        return jax.device_put(self.params, shardings)
+        return spread(self.params, shardings)
 
     def fetch(self, batch: Batch) -> dict[str, Any]:
         """Nothing: all is in the step."""

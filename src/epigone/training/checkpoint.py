@@ -191,13 +191,24 @@ def _start_saving(hidden: Path, arrays: dict[str, Any]) -> Callable[[], None]:
 
 
 def _restore(directory: Path, abstract: Any) -> Any:
+    """Arrays where `abstract` places them; what it places nowhere, on this process's first device."""
     import orbax.checkpoint as ocp
 
+    here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+
     def target(leaf: Any) -> Any:
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=getattr(leaf, "sharding", None))
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=getattr(leaf, "sharding", None) or here)
 
     names, targets = zip(*((name, target(leaf)) for name, leaf in _flat(abstract).items()), strict=True)
-    with ocp.StandardCheckpointer() as checkpointer:
+    process = jax.process_index()
+    alone = all(target.sharding == here for target in targets)
+    # A process that reads for itself must not wait for others, which may not read at all.
+    options = ocp.options.MultiprocessingOptions(
+        primary_host=process if alone else 0,
+        active_processes={process} if alone else None,
+        barrier_sync_key_prefix=f"process {process}" if alone else None,
+    )
+    with ocp.StandardCheckpointer(multiprocessing_options=options) as checkpointer:
         arrays = checkpointer.restore((directory / "arrays").absolute(), dict(zip(names, targets, strict=True)))
     return jax.tree.unflatten(jax.tree.structure(abstract), [arrays[name] for name in names])
 

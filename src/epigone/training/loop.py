@@ -18,7 +18,7 @@ from epigone.errors import Fault, Stopped
 from epigone.lessons.objective import Objective
 from epigone.models import decoder
 from epigone.models.config import DecoderConfig
-from epigone.models.sharding import make_mesh
+from epigone.models.sharding import make_mesh, spread
 from epigone.teachers import Teacher, check_compatible
 from epigone.training.checkpoint import Checkpointer
 from epigone.training.config import Hardware, Training
@@ -179,7 +179,7 @@ def _abstract(begin: Callable[[Any], Any], params: Any, mesh: jax.sharding.Mesh)
 
 
 def _placed(params: Any, model: DecoderConfig) -> Any:
-    return jax.device_put(params, jax.tree.map(lambda leaf: leaf.sharding, decoder.abstract(model)))
+    return spread(params, jax.tree.map(lambda leaf: leaf.sharding, decoder.abstract(model)))
 
 
 def _due(step: int, saved_at: float, training: Training, hardware: Hardware, several: bool) -> bool:

@@ -1,0 +1,73 @@
+"""Every command of the README, run in a folder of its own on a quickstart that is shrunk."""
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from epigone.cli import main
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+MEASURED = {"text.tokens": 3000, "write_tokens": 1000, "contexts": 50}
+SHRUNK = ["--seeds", "1", "--generations", "2", "--scale", "0.004"]
+SHRUNK += [word for name, size in MEASURED.items() for word in ("--set", f"evaluation.{name}={size}")]
+
+
+def commands(first_word: str) -> list[str]:
+    """Lines of the README's code blocks that begin with a word, without their comments."""
+    blocks = re.findall(r"```\n(.*?)```", README, flags=re.S)
+    lines = [line.partition("#")[0].strip() for block in blocks for line in block.splitlines()]
+    return [line for line in lines if line.startswith(first_word)]
+
+
+def shrunk(words: list[str]) -> list[str]:
+    """The same command on a smaller lineage; what runs on a mesh grows one node, in a run of its own."""
+    if words[0] != "run" or {"--help", "--dry-run"} & set(words):
+        return words
+    if any(word.startswith("--hardware") for word in words):
+        words = [*words, "--node", "teacher@0", "--run", "runs/mesh"]
+    return [*words, *(SHRUNK[2:] if "--seeds" in words else SHRUNK)]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A folder with the configs and the launchers of the repository, in which the README's commands are given."""
+    folder = tmp_path_factory.mktemp("readme")
+    for name in ("configs", "launch"):
+        (folder / name).symlink_to(ROOT / name)
+    return folder
+
+
+def test_the_readme_has_commands_of_every_verb():
+    verbs = {command.split()[1] for command in commands("epigone ")}
+    assert verbs == {"run", "sample", "report"}
+    assert commands("make ") == ["make run", "make test"]
+    assert set(re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), flags=re.M)) >= {"run", "test", "lint"}
+
+
+def test_every_epigone_command_works(folder, monkeypatch, capsys):
+    monkeypatch.chdir(folder)
+    for command in commands("epigone "):
+        assert main(shrunk(shlex.split(command)[1:])) == 0, command + "\n" + capsys.readouterr().err
+    assert "quickstart: all" not in capsys.readouterr().err
+    assert {"report.html", "results.json", "results.csv"} <= {p.name for p in (folder / "runs/quickstart").iterdir()}
+
+
+def test_every_launch_command_works(folder):
+    for command in commands("python launch/"):
+        words = shlex.split(command)
+        own = [*words[: words.index("--")], "--dry-run", *words[words.index("--") :]]
+        done = subprocess.run([sys.executable, *own[1:]], cwd=folder, capture_output=True, text=True, check=True)
+        assert "epigone run configs/quickstart.py" in done.stdout
+
+
+def test_every_file_that_is_named_exists():
+    named = re.findall(r"`((?:docs|benchmarks|tests|configs|notebooks|launch)/[\w./]+)`", README)
+    named += re.findall(r"\]\(([\w./]+)\)", README)
+    assert len(named) > 5
+    for name in named:
+        assert (ROOT / name).exists(), f"the README names {name}, which is not there"
