@@ -5,6 +5,7 @@ import dataclasses
 import importlib.util
 import inspect
 import sys
+import time
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -183,17 +184,20 @@ def grow_and_report(lineage: Lineage, directory: Path, given: Any) -> None:
     from epigone.processes import is_first
     from epigone.report import write_report
     from epigone.store import Store
-    from epigone.view import COUNTING_WORK, MEASURING_WORK, Terminal
+    from epigone.view import COUNTING_WORK, MEASURING_WORK, Terminal, clock
 
     store = Store(directory, lineage, given.data)
     waiting = {node.key for node in pending(store) if given.node in (None, node.key)}
     rows = [row for row in (plan(lineage, store) if waiting else []) if row.key in waiting]
     work = {row.key: row.flops + MEASURING_WORK if row.flops else COUNTING_WORK for row in rows}
+    began = time.monotonic()
     with Terminal(lineage.name, work, Console(quiet=not is_first())) as view:
         grown = grow(lineage, directory, hardware=given.hardware, only=given.node, data=given.data, view=view)
     if not is_first():
         return
-    if not grown:
+    if grown:
+        print(f"{lineage.name}: {len(grown)} nodes grown in {clock(time.monotonic() - began)}")
+    else:
         done = f"{given.node} is" if given.node else f"all {len(lineage.nodes)} nodes are"
         print(f"{lineage.name}: {done} done, nothing to grow")
     if given.node is None:

@@ -4,6 +4,7 @@ EPIGONE_RUNTIME=off turns all of them off.
 """
 
 import ctypes
+import logging
 import os
 import sys
 from pathlib import Path
@@ -24,6 +25,8 @@ def prepare() -> None:
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache))
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    # Orbax logs the traceback of what it also raises; the command line tells that in one line.
+    logging.getLogger("absl").setLevel(logging.CRITICAL)
     if sys.platform == "linux" and not {"MALLOC_MMAP_MAX_", "MALLOC_TRIM_THRESHOLD_", "LD_PRELOAD"} & set(os.environ):
         mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
         if mallopt is not None:
