@@ -20,7 +20,7 @@ from epigone.data.corpora import Embedded
 from epigone.data.tokenizers import Words
 from epigone.lessons.divergences import forward_kl
 from epigone.lessons.objective import Objective
-from epigone.lineage import Evaluation, Lesson, Lineage, Node, Text, TrainedTokenizer, Written, chain, fan_out, repeat
+from epigone.lineage import Evaluation, Lesson, Lineage, Node, Text, TrainedTokenizer, Written, chain, fan_out
 from epigone.models.config import DecoderConfig
 from epigone.models.ngram import NGram
 from epigone.training.loop import Training
@@ -29,8 +29,8 @@ from epigone.training.optimizer import Optimizer
 BIBLE = Embedded("bbe", unit="verse")
 WORDS = TrainedTokenizer(Words(lowercase=True), Text(BIBLE))
 
-LARGE = DecoderConfig(layers=2, model_size=128, heads=4, max_length=64)
-SMALL = DecoderConfig(layers=2, model_size=96, heads=4, max_length=64)
+LARGE = DecoderConfig(layers=2, model_size=128, heads=4, max_length=128)
+SMALL = DecoderConfig(layers=2, model_size=96, heads=4, max_length=128)
 
 PROMPTS = (
     "and the lord said to",
@@ -56,8 +56,8 @@ def lineage(seeds: int = 3, generations: int = 10, temperature: float = 2.0, sca
         large = model is LARGE
         training = Training(
             steps=max(1, round(scale * steps)),
-            batch_size=16 if large else 8,
-            sequence_length=64,
+            batch_size=8 if large else 4,
+            sequence_length=128,
             optimizer=Optimizer(learning_rate=4e-3 if large else 3e-3, warmup_steps=20),
         )
         lesson = Lesson(text=(text,), objective=Objective(hard_weight=1.0), training=training)
@@ -75,16 +75,22 @@ def lineage(seeds: int = 3, generations: int = 10, temperature: float = 2.0, sca
 
     # 2. Two per cent of the text: the student has the teacher's scores, the control has the text alone.
     teacher = transformer("teacher", LARGE, Text(BIBLE), 420, family="distillation", role="teacher")
-    crumbs = Text(BIBLE, tokens=20_000)
-    control = change(transformer("control", SMALL, crumbs, 240, family="distillation", role="control"), generation=1)
     soft = Objective(divergence=forward_kl, temperature=temperature)
-    student = change(
-        control,
-        name="student",
-        lesson=change(control.lesson, objective=soft),
-        labels={"family": "distillation", "role": "student"},
-    )
-    nodes += [teacher, *fan_out(teacher, repeat(student, seeds)), *repeat(control, seeds)]
+    controls = []
+    for seed in range(seeds):
+        crumbs = Text(BIBLE, skip=20_000 * seed, tokens=20_000)
+        alone = transformer("control", SMALL, crumbs, 240, family="distillation", role="control")
+        controls.append(change(alone, generation=1, seed=seed))
+    students = [
+        change(
+            control,
+            name="student",
+            lesson=change(control.lesson, objective=soft),
+            labels={**control.labels, "role": "student"},
+        )
+        for control in controls
+    ]
+    nodes += [teacher, *fan_out(teacher, students), *controls]
 
     # 3. Transformers on their own text; and a small pupil that reads what the large teacher writes.
     first = transformer("self", SMALL, Text(BIBLE, tokens=80_000), 180, family="transformer")

@@ -7,6 +7,7 @@ import resource
 import shutil
 import subprocess
 import time
+from collections.abc import Iterable
 from dataclasses import replace
 from functools import cache
 from importlib.metadata import version
@@ -15,10 +16,11 @@ from typing import Any
 
 from epigone import evaluate
 from epigone.data.pipeline import Batches, pack
+from epigone.data.tokenizers import Tokenizer
 from epigone.errors import UserError
 from epigone.identity import canonical, fingerprint
 from epigone.lineage import Lineage, Node
-from epigone.materials import Materials, byte_counts, count_tokens, seed_of
+from epigone.materials import Materials, count_tokens, seed_of
 from epigone.models.language_model import MAX_LENGTH, Document
 from epigone.models.ngram import NGram, NGramModel
 from epigone.processes import first_then_all, is_first, wait
@@ -74,8 +76,8 @@ def grow(
 
 def pending(store: Store) -> list[Node]:
     """Nodes, parents first, that are not grown yet or not measured as the evaluation now asks."""
-    wanted = fingerprint(store.lineage.evaluation)
-    return [node for node in store.lineage.order if (store.record(node) or {}).get("evaluation") != wanted]
+    order = store.lineage.order
+    return [node for node in order if (store.record(node) or {}).get("measured_as") != store.measured_as(node)]
 
 
 def _demand_parents(store: Store, node: Node) -> None:
@@ -104,7 +106,7 @@ def _grow_node(node: Node, materials: Materials, hardware: Any, view: View) -> d
             {"key": key, "identity": store.lineage.identities[key], "role": role} for key, role in node.parents
         ],
         "data": [materials.card(source) for source in node.lesson.text],
-        "seconds": time.monotonic() - started,
+        "seconds": time.monotonic() - started + learned.pop("seconds_before", 0.0),
         **learned,
         **_circumstances(),
     }
@@ -144,16 +146,19 @@ def _train(
     lesson, identity = node.lesson, materials.store.lineage.identities[node.key]
     config = filled(node, materials)
     rows = [pack(source, lesson.training.sequence_length) for source in sources]
+    # What the lesson's teacher and objective are is left out: a student and its control start alike and read alike.
+    recipe = fingerprint([node.model, node.tokenizer, lesson.text, lesson.weights, lesson.training, node.seed])
     parts = (jax.process_index(), jax.process_count())
-    batches = Batches(rows, lesson.weights, lesson.training.batch_size, seed_of(identity, "data"), *parts)
+    batches = Batches(rows, lesson.weights, lesson.training.batch_size, seed_of(recipe, "data"), *parts)
     directory = materials.store.directory(node)
     view.stage("train", lesson.training.steps)
+    began = time.monotonic()
     trained = loop.train(
         config,
         lesson.training,
         lesson.objective,
         batches,
-        seed=seed_of(identity, "train"),
+        seed=seed_of(recipe, "train"),
         identity=identity,
         teacher=_teacher(node, materials),
         initial_params=_start(node, materials),
@@ -168,6 +173,7 @@ def _train(
         "tokens": trained.tokens,
         "flops": trained.flops,
         "curve": trained.curve,
+        "seconds_before": max(0.0, trained.seconds - (time.monotonic() - began)),
     }
 
 
@@ -217,10 +223,9 @@ def _measured(node: Node, record: dict[str, Any], materials: Materials, view: Vi
     model, tokenizer = materials.model(node), materials.tokenizer(node.tokenizer)
     view.stage("measure")
     held_out = materials.documents(evaluation.text, node.tokenizer)
-    longest = getattr(node.model, "max_length", MAX_LENGTH) - 1
-    contexts = evaluate.evaluation_contexts(held_out, evaluation.contexts, evaluation.seed, longest=longest)
+    contexts = evaluate.evaluation_contexts(held_out, evaluation.contexts, evaluation.seed, longest=_longest(node))
     whole = evaluation.text.skip == 0 and evaluation.text.tokens is None
-    sizes = byte_counts(materials.strings(evaluation.text)) if whole else None
+    sizes = _byte_counts(materials.strings(evaluation.text), held_out, tokenizer) if whole else None
     record["metrics"] = evaluate.evaluate_model(model, held_out, sizes, contexts)
     record["agreement"] = {
         other.key: evaluate.compare_models(model, materials.model(other), contexts.prefixes)
@@ -231,7 +236,20 @@ def _measured(node: Node, record: dict[str, Any], materials: Materials, view: Vi
     if evaluation.write_tokens:
         view.stage("write")
         record["metrics"] |= _measure_writing(node, model, materials, record)
-    return record | {"evaluation": fingerprint(evaluation)}
+    return record | {"measured_as": materials.store.measured_as(node)}
+
+
+def _longest(node: Node) -> int:
+    """Tokens of the longest document that a node writes: it is cut there, and what is cut has no true end."""
+    return min(MAX_LENGTH, getattr(node.model, "max_length", MAX_LENGTH + 1) - 1)
+
+
+def _byte_counts(texts: Iterable[str], documents: list[Document], tokenizer: Tokenizer) -> list[int] | None:
+    """UTF-8 bytes of each text; None where the tokenizer loses some of it, since bits a byte would come out too low."""
+    texts = list(texts)
+    if any(tokenizer.decode(ids) != text for text, ids in zip(texts, documents, strict=True)):
+        return None
+    return [len(text.encode()) for text in texts]
 
 
 def _measure_writing(node: Node, model: Any, materials: Materials, record: dict[str, Any]) -> dict[str, float]:
@@ -246,16 +264,14 @@ def _measure_writing(node: Node, model: Any, materials: Materials, record: dict[
         evaluation.write_tokens,
         decode=tokenizer.decode,
         judge=materials.model(ancestor) if ancestor.tokenizer == node.tokenizer else None,
-        cut_at=MAX_LENGTH,
+        cut_at=_longest(node),
     )
 
 
 def _compared(node: Node, materials: Materials) -> list[Node]:
     """Nodes whose next-token scores a node's are compared with: its teacher, and the one that the evaluation names."""
-    store = materials.store
-    wanted = dict.fromkeys([node.lesson.teacher, store.lineage.evaluation.compare.get(node.name)])
-    others = [store.lineage[key] for key in wanted if key]
-    return [o for o in others if o.tokenizer == node.tokenizer and store.record(o) is not None]
+    others = [materials.store.lineage[key] for key in materials.store.compared(node)]
+    return [o for o in others if o.tokenizer == node.tokenizer and materials.store.record(o) is not None]
 
 
 def _circumstances() -> dict[str, Any]:

@@ -138,7 +138,7 @@ class Evaluation:
         prompts: contexts whose next-word probabilities the report shows.
         compare: node name -> key of a node (not its teacher) with which it is also compared, if that is done by then.
         samples: how many written documents a record keeps to be read.
-        seed: chooses the contexts and the samples.
+        seed: chooses the contexts.
     """
 
     text: Text

@@ -1,7 +1,7 @@
 """From configs to things: tokenizers, documents and models of a run, each made once and remembered."""
 
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -40,6 +40,8 @@ class Materials:
     def tokenizer(self, config: TrainedTokenizer) -> Tokenizer:
         """A tokenizer, trained on first use and stored with the run."""
         name = fingerprint(config)
+        if config.text.skip or config.text.tokens is not None:
+            raise UserError(f"a tokenizer is trained on a whole split, not on a part: {config.text}")
         if name not in self._tokenizers:
             path = self.store.tokenizer(config)
             if not path.exists():
@@ -140,8 +142,3 @@ def seed_of(identity: str, purpose: str) -> int:
 def count_tokens(documents: Sequence[Document]) -> int:
     """Events of a text: its tokens and one end a document."""
     return int(sum(len(document) + 1 for document in documents))
-
-
-def byte_counts(documents: Iterable[str]) -> list[int]:
-    """UTF-8 bytes of each document."""
-    return [len(document.encode()) for document in documents]

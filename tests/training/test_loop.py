@@ -223,6 +223,26 @@ def test_a_signal_stops_with_a_checkpoint_and_the_run_goes_on(number, plain, tmp
         np.testing.assert_array_equal(weights(resumed)[name], wanted, err_msg=name)
 
 
+@pytest.mark.parametrize("step", [11, 12])
+def test_a_signal_in_the_last_step_is_not_lost(step, plain, tmp_path):
+    """In step 12 of 12 there is still a checkpoint to write; after it, the signal goes on to who handled it before."""
+
+    def signal_at(report):
+        if report.step == step:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    def outside(*_):
+        raise Stopped("stopped outside")
+
+    before = signal.signal(signal.SIGTERM, outside)
+    try:
+        with pytest.raises(Stopped, match="step 12 of 12" if step == 11 else "outside"):
+            run(tmp_path, on_step=signal_at)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert losses(run(tmp_path)) == losses(plain)
+
+
 def test_the_second_signal_goes_where_it_went_before():
     received = []
     before = signal.signal(signal.SIGTERM, lambda *_: received.append("hard"))

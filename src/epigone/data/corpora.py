@@ -203,15 +203,15 @@ def slice_documents(documents: Sequence[np.ndarray], skip_tokens: int, tokens: i
     """Whole documents in a fixed shuffled order: leave out the first `skip_tokens` tokens, take `tokens` (None: all).
 
     Tokens count one eos a document. The document in which a number is reached belongs to the part that ends there, so
-    the slices (0, n) and (n, None) are disjoint and together are everything. Raises UserError if the text is too short.
+    the slices (a, n) and (a + n, m) are disjoint and adjoin; a slice is off its size by less than a document. Raises
+    UserError if the text is too short.
     """
     order = np.random.default_rng(_SHUFFLE_SEED).permutation(len(documents))
     ends = np.cumsum([len(documents[index]) + 1 for index in order])
     total = int(ends[-1]) if len(ends) else 0
     first = int(np.searchsorted(ends, skip_tokens)) + 1 if skip_tokens > 0 else 0
-    before = int(ends[first - 1]) if 0 < first <= len(ends) else 0
-    last = len(ends) if tokens is None else int(np.searchsorted(ends, before + tokens)) + 1
-    if first >= len(ends) or last > len(ends):
+    last = len(ends) if tokens is None else int(np.searchsorted(ends, skip_tokens + tokens)) + 1
+    if first >= last or last > len(ends):
         wanted = f"{skip_tokens} to skip" + ("" if tokens is None else f" and {tokens} to take")
         raise UserError(f"the text has {total} tokens, too few for {wanted}")
     return [documents[index] for index in order[first:last]]

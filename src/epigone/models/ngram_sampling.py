@@ -157,11 +157,12 @@ def _mean_events(model: "NGramModel") -> float:
 
 
 def sample(sampler: Sampler, prompts: Sequence[Document], seed: int, samples: int, length: int) -> list[list[Document]]:
-    """Continue each prompt `samples` times; what follows a prompt depends on it, its index and the seed alone."""
+    """Continue each prompt `samples` times; sample j of prompt i depends on the prompt and (seed, i, j) alone."""
     model, found = sampler.model, []
     for index, prompt in enumerate(prompts):
-        history = np.repeat(counting.histories([prompt], model.order, model.vocab_size), samples, axis=1)
-        found.append(_wave(sampler, samples, np.random.default_rng([seed, index]), length, history))
+        history = counting.histories([prompt], model.order, model.vocab_size)
+        keys = [[seed, index, number] for number in range(samples)]
+        found.append([_wave(sampler, 1, np.random.default_rng(key), length, history)[0] for key in keys])
     return found
 
 

@@ -24,7 +24,7 @@ DIVERSITY = {
     "repetition": "repetition within a text",
     "self_repetition": "repetition between texts",
     "sentence_length": "length of a text, words",
-    "real_perplexity": "perplexity of its text to a judge",
+    "real_perplexity": "perplexity of its text under generation 0",
 }
 MOST_PANELS = 24
 

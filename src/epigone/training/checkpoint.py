@@ -267,7 +267,8 @@ def _writing(final: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError) as error:  # Tensorstore reports a full disk as a ValueError.
-        reason = str(error).splitlines()[0][:300]
+        full = "No space left on device"
+        reason = full if full in str(error) else str(error).splitlines()[0][:300]
         raise Fault(f"could not write {final}: {reason}; make room there, and run the same command again") from error
 
 

@@ -140,7 +140,7 @@ def train(
                 running = (step, metrics)
 
                 stopping = stop.at(step)
-                if step < training.steps and (stopping or _due(step, saved_at, training, hardware, several)):
+                if stopping or (step < training.steps and _due(step, saved_at, training, hardware, several)):
                     # Its own metrics first: a state that is not finite never becomes a checkpoint.
                     finished(*running)
                     running = None

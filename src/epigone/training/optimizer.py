@@ -87,7 +87,7 @@ class Optimizer:
         schedule: constant, cosine, linear or warmup_stable_decay.
         warmup_steps: steps over which the learning rate rises linearly; the first one already moves.
         final_share: learning rate at the last step, as a share of the peak.
-        decay_share: share of the steps over which warmup_stable_decay falls.
+        decay_share: share of the steps after the warm-up over which warmup_stable_decay falls.
         weight_decay: decay per unit of learning rate, of matrices alone: not of norms, biases and embeddings.
         clip_norm: largest global norm of the gradient; None for any.
         beta1: decay of Adam's first moment.

@@ -27,6 +27,9 @@ class StopRequest:
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._restore()
+        if kind is None and self._received is not None:
+            # It came when there was nothing left to stop: whoever handled it before is told.
+            signal.raise_signal(self._received)
 
     def at(self, step: int) -> bool:
         """Whether to stop after this step. With several processes it must be asked at every step."""
