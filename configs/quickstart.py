@@ -18,9 +18,10 @@ from functools import partial
 from epigone import regimes
 from epigone.data.corpora import Embedded
 from epigone.data.tokenizers import Words
+from epigone.families import chain, fan_out
 from epigone.lessons.divergences import forward_kl
 from epigone.lessons.objective import Objective
-from epigone.lineage import Evaluation, Lesson, Lineage, Node, Text, TrainedTokenizer, Written, chain, fan_out
+from epigone.lineage import Evaluation, Lesson, Lineage, Node, Text, TrainedTokenizer, Written
 from epigone.models.config import DecoderConfig
 from epigone.models.ngram import NGram
 from epigone.training.loop import Training

@@ -17,6 +17,9 @@ import subprocess
 import sys
 import threading
 
+GRACE_SECONDS = 20
+"""When one process has failed, the others have this long to stop before they are killed."""
+
 
 def main() -> int:
     """Parse, then print or start."""
@@ -60,34 +63,41 @@ def topology(rank: int, processes: int, devices: int, port: int) -> dict[str, st
 
 def start(command: list[str], environments: list[dict[str, str]]) -> int:
     """Run all processes to their end; end all when one fails. Returns the first exit code that is not 0."""
-    running = [
-        subprocess.Popen(
-            command, env=os.environ | variables, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-        )
-        for variables in environments
-    ]
+    running: list[subprocess.Popen] = []
     failed: list[int] = []
-
-    def follow(rank: int, process: subprocess.Popen) -> None:
-        for line in process.stdout or ():
-            print(f"[{rank}] {line}", end="", flush=True)
-        if process.wait() != 0:
-            failed.append(process.returncode)
-            send(signal.SIGTERM)
 
     def send(number: int, _frame: object = None) -> None:
         for process in running:
             if process.poll() is None:
                 process.send_signal(number)
 
+    def follow(rank: int, process: subprocess.Popen) -> None:
+        for line in process.stdout or ():
+            print(f"[{rank}] {line}", end="", flush=True)
+        if process.wait() != 0 and not failed:
+            failed.append(process.returncode)
+            send(signal.SIGTERM)
+            threading.Timer(GRACE_SECONDS, send, [signal.SIGKILL]).start()
+
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, send)
+    for variables in environments:
+        try:
+            process = subprocess.Popen(
+                command, env=os.environ | variables, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+            )
+        except OSError as error:
+            send(signal.SIGKILL)
+            print(f"{command[0]} cannot be started: {error.strerror}", file=sys.stderr)
+            return 2
+        running.append(process)
     followers = [threading.Thread(target=follow, args=(rank, process)) for rank, process in enumerate(running)]
     for follower in followers:
         follower.start()
     for follower in followers:
         follower.join()
-    return failed[0] if failed and failed[0] > 0 else 1 if failed else 0
+    sys.stdout.flush()
+    os._exit((failed[0] if failed[0] > 0 else 1) if failed else 0)  # without waiting for the timer
 
 
 if __name__ == "__main__":

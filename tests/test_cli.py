@@ -155,6 +155,14 @@ def test_help_names_every_verb_and_every_field(grown, capsys):
         (["run", "CONFIG", "--set", "teacher.lesson.objective.hard_weight=2"], "hard_weight=2"),
         (["run", "CONFIG", "--set", "trigram.lesson.text.0.tokens=9999999"], "9999999"),
         (["sample", "teacher@0", "--run", "nowhere"], "no run in nowhere"),
+        (["sample", "teacher@0", "--run", "runs/tiny", "--seed", "-1"], "seed=-1"),
+        (["sample", "teacher@0", "--run", "runs/tiny", "--n", "0"], "n=0"),
+        (["run", "CONFIG", "--set", "teacher.model.vocab_size=10"], "vocab_size 10 is less"),
+        (["run", "CONFIG", "--set", "evaluation.text.split=tset"], "no split 'tset'"),
+        (["run", "CONFIG", "--set", "evaluation.contexts=0"], "contexts=0"),
+        (["run", "CONFIG", "--set", "student.lesson.start_from=trigram@0"], "another shape"),
+        (["run", "CONFIG", "--set", "trigram.lesson.teacher=teacher@0"], "counts words"),
+        (["run", "CONFIG", "--set", "trigram.name=../../escape"], "use letters, digits"),
         (["report", "nowhere"], "'nowhere'"),
     ],
 )
@@ -213,8 +221,11 @@ def test_a_damaged_model_is_told_and_nothing_else_is_touched(folder, capsys):
         next(nodes.glob("teacher@0-*/model")).rglob("*"), key=lambda path: path.stat().st_size if path.is_file() else 0
     )
     largest.write_bytes(largest.read_bytes()[: largest.stat().st_size // 2])
+    before = fingerprints(folder)
     assert run(folder) == 1
     assert "teacher@0" in one_line(capsys)
+    before.pop(folder / "runs" / "tiny" / "lineage.json", None)
+    assert {path: content for path, content in fingerprints(folder).items() if path in before} == before
 
 
 def test_a_damaged_or_foreign_record_is_told(folder, capsys):
@@ -258,7 +269,7 @@ def wait_for(path: Path, pattern: str, seconds: float = 120) -> None:
 
 
 def test_two_runs_at_once_the_second_leaves_and_a_killed_one_goes_on(grown, tmp_path):
-    """Killed twice, once by SIGKILL and once by SIGTERM, the lineage ends as if nothing had happened."""
+    """Ended twice, once by SIGKILL and once by SIGTERM, the lineage ends as if nothing had happened."""
     shutil.copy(grown / "tiny.py", tmp_path)
     nodes = tmp_path / "runs" / "tiny"
     long = ["--set", "teacher.lesson.training.steps=4000"]
@@ -275,8 +286,14 @@ def test_two_runs_at_once_the_second_leaves_and_a_killed_one_goes_on(grown, tmp_
     third.send_signal(signal.SIGTERM)
     assert third.wait(timeout=60) == 128 + signal.SIGTERM, third.stderr.read()
     assert "goes on from here" in third.stderr.read()
-    assert run(tmp_path) == 0
-    expected, found = records(grown), records(tmp_path)
+    assert run(tmp_path, *long) == 0
+    whole = tmp_path / "whole"
+    assert main(["run", str(tmp_path / "tiny.py"), "--run", str(whole / "runs" / "tiny"), *long]) == 0
+    expected, found = records(whole), records(tmp_path)
+    assert sorted(found) == sorted(tiny.NODES)
     for key in tiny.NODES:
         assert found[key]["metrics"] == expected[key]["metrics"]
         assert found[key]["samples"] == expected[key]["samples"]
+    curves = [[point["loss"] for point in kind["teacher@0"]["curve"]] for kind in (found, expected)]
+    assert len(curves[0]) == 400
+    assert curves[0] == curves[1]

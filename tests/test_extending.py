@@ -7,8 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from epigone.families import chain
 from epigone.lessons.objective import Objective
-from epigone.lineage import Evaluation, Lesson, Lineage, Node, Text, TrainedTokenizer, chain
+from epigone.lineage import Evaluation, Lesson, Lineage, Node, Text, TrainedTokenizer
 from epigone.overrides import override
 
 PAGE = Path(__file__).parent.parent / "docs" / "extending.md"

@@ -10,20 +10,9 @@ import pytest
 
 from epigone import regimes
 from epigone.errors import Fault, UserError
+from epigone.families import chain, fan_out, population, repeat
 from epigone.identity import canonical, fingerprint, restore
-from epigone.lineage import (
-    Evaluation,
-    Lesson,
-    Lineage,
-    Node,
-    Text,
-    TrainedTokenizer,
-    Written,
-    chain,
-    fan_out,
-    population,
-    repeat,
-)
+from epigone.lineage import Evaluation, Lesson, Lineage, Node, Text, TrainedTokenizer, Written
 
 
 @dataclass(frozen=True)
@@ -132,10 +121,15 @@ def test_a_config_comes_back_from_its_record():
     assert back[3] is regimes.replace
 
 
-@pytest.mark.parametrize("foreign", ["os:system", "builtins:eval", "subprocess:run"])
+@pytest.mark.parametrize(
+    "foreign",
+    ["os:system", "builtins:eval", "epigone.store:os.system", "epigone.store:os", "epigone.cli:main", "epigone.cli:x"],
+)
 def test_a_record_cannot_name_code_outside_epigone(foreign):
-    with pytest.raises(Fault, match="not part of epigone"):
-        restore({"type": foreign})
+    with pytest.raises(Fault, match="a record names"):
+        restore({"type": foreign, "command": "false"})
+    with pytest.raises(Fault, match="a record names"):
+        restore({"partial": foreign.replace("epigone.cli:main", "os:x"), "args": []})
 
 
 def test_what_has_no_stable_identity_is_refused():

@@ -12,7 +12,8 @@ from epigone import regimes
 from epigone.data.corpora import TextFiles
 from epigone.data.tokenizers import Words
 from epigone.lessons.objective import Objective
-from epigone.lineage import Evaluation, Lesson, Lineage, Node, Text, TrainedTokenizer, Written, chain, fan_out
+from epigone.families import chain, fan_out
+from epigone.lineage import Evaluation, Lesson, Lineage, Node, Text, TrainedTokenizer, Written
 from epigone.models.config import DecoderConfig
 from epigone.models.ngram import NGram
 from epigone.training.loop import Training

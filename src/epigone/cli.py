@@ -68,7 +68,7 @@ def report(arguments: Report) -> None:
 
 def sample(arguments: Sample) -> None:
     """Print samples."""
-    from epigone.sampling.command import samples
+    from epigone.sample import samples
 
     for text in samples(**vars(arguments)):
         print(text, flush=True)
@@ -81,13 +81,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one verb. Returns the exit code: 0 well, 2 bad input, 1 a fault, 128 + n stopped by signal n."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     runtime.prepare()
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")
     try:
         with _stopped_by_signal():
             _dispatch(arguments)
     except UserError as error:
         return _say(error, 2)
     except (Fault, MemoryError) as error:
-        return _say(error or "out of memory", 1)
+        return _say(str(error) or "out of memory: use smaller batches, or more micro-batches", 1)
     except Stopped as stopped:
         return _say(stopped, 128 + signal.SIGTERM)
     except KeyboardInterrupt:
@@ -101,7 +103,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _say(error: object, code: int) -> int:
     """One line on standard error, whatever the message holds."""
-    print(f"epigone: {' '.join(str(error).split())}", file=sys.stderr)
+    print(f"epigone: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+    if os.environ.get("JAX_NUM_PROCESSES", "1") != "1":
+        # At a normal exit JAX would wait for the other processes, which wait for this one.
+        sys.stdout.flush()
+        os._exit(code)
     return code
 
 

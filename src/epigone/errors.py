@@ -9,5 +9,8 @@ class Fault(Exception):
     """The run could not go on: a full disk, a damaged file, a loss that is not a number. Exit code 1."""
 
 
-class Stopped(Exception):
-    """The run was asked to stop and saved what it had; the same command goes on. Exit code 143."""
+class Stopped(BaseException):
+    """The run was asked to stop and saved what it had; the same command goes on. Exit code 143.
+
+    Like KeyboardInterrupt it is no Exception: what catches those to tell of a failure must let it pass.
+    """

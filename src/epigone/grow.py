@@ -7,28 +7,22 @@ import resource
 import shutil
 import subprocess
 import time
-from collections.abc import Iterable
-from dataclasses import replace
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from epigone import evaluate
 from epigone.data.pipeline import Batches, pack
-from epigone.data.tokenizers import Tokenizer
 from epigone.errors import UserError
 from epigone.identity import canonical, fingerprint
-from epigone.lineage import Lineage, Node
-from epigone.materials import Materials, count_tokens, seed_of
-from epigone.models.language_model import MAX_LENGTH, Document
+from epigone.lineage import Lineage, Node, Text
+from epigone.materials import Materials, count_tokens, fill, seed_of
+from epigone.measure import measured
+from epigone.models.language_model import Document
 from epigone.models.ngram import NGram, NGramModel
 from epigone.processes import first_then_all, is_first, wait
 from epigone.store import Store, kind
 from epigone.view import View
-
-WRITTEN_MARGIN = 1.25
-"""A node writes so much more than is measured, since the ends of documents are not part of the measured sample."""
 
 
 def grow(
@@ -56,17 +50,18 @@ def grow(
     store = Store(run, lineage, data)
     target = lineage[only] if only else None
     with store.lock(target) if is_first() else contextlib.nullcontext():
-        if is_first() and (target is None or not (run / "lineage.json").exists()):
-            store.write_lineage()
         materials = Materials(store)
         nodes = [node for node in pending(store) if target in (None, node)]
-        wait("pending")
+        with first_then_all("checks"):
+            _check(nodes, materials)
+        if is_first():
+            store.write_lineage()
         for node in nodes:
             _demand_parents(store, node)
             view.start(node)
             record = store.record(node) or _grow_node(node, materials, hardware, view)
             if is_first():
-                record = _measured(node, record, materials, view)
+                record = measured(node, record, materials, view)
                 store.write_record(node, record)
                 shutil.rmtree(store.directory(node) / "training" / "checkpoints", ignore_errors=True)
             wait(f"{node.key} is done")
@@ -78,6 +73,28 @@ def pending(store: Store) -> list[Node]:
     """Nodes, parents first, that are not grown yet or not measured as the evaluation now asks."""
     order = store.lineage.order
     return [node for node in order if (store.record(node) or {}).get("measured_as") != store.measured_as(node)]
+
+
+def _check(nodes: list[Node], materials: Materials) -> None:
+    """Refuse, before any work, what would fail after hours: texts that are not there, parts that do not fit."""
+    evaluation = materials.store.lineage.evaluation
+    texts = [evaluation.text, evaluation.real] if nodes else []
+    for node in nodes:
+        lesson = node.lesson
+        texts += [source for source in lesson.text if isinstance(source, Text)]
+        texts += [node.tokenizer.text, *([lesson.validation] if lesson.validation else [])]
+        if isinstance(node.model, NGram):
+            if lesson.weights or lesson.teacher or lesson.start_from:
+                raise UserError(f"node '{node.key}' counts words: it takes text alone, no weights, teacher, start_from")
+        elif lesson.training is None or lesson.objective is None:
+            raise UserError(f"node '{node.key}' is trained: its lesson needs an objective and a training")
+        start = materials.store.lineage[lesson.start_from] if lesson.start_from else None
+        if start is not None and start.model != node.model:
+            raise UserError(
+                f"node '{node.key}' starts from '{start.key}', which has another shape: give both one model"
+            )
+    for text in dict.fromkeys(texts):
+        materials.strings(text)
 
 
 def _demand_parents(store: Store, node: Node) -> None:
@@ -119,8 +136,6 @@ def _count(
     node: Node, sources: list[list[Document]], materials: Materials, _hardware: Any, view: View
 ) -> dict[str, Any]:
     """Fit a model that counts; every process does, and the first one saves it."""
-    if node.lesson.weights or node.lesson.teacher or node.lesson.start_from:
-        raise UserError(f"node '{node.key}' counts words: it takes text alone, no weights, teacher or start_from")
     view.stage("count")
     documents = [document for source in sources for document in source]
     validation = node.lesson.validation
@@ -179,7 +194,7 @@ def _train(
 
 def filled(node: Node, materials: Materials) -> Any:
     """A decoder's config with the vocabulary size of its tokenizer."""
-    return replace(node.model, vocab_size=node.model.vocab_size or materials.tokenizer(node.tokenizer).size)
+    return fill(node.model, materials.tokenizer(node.tokenizer).size)
 
 
 def _teacher(node: Node, materials: Materials) -> Any:
@@ -211,67 +226,8 @@ def _start(node: Node, materials: Materials) -> Any:
     if node.lesson.start_from is None:
         return None
     parent = materials.store.lineage[node.lesson.start_from]
-    if filled(parent, materials) != filled(node, materials):
-        raise UserError(f"node '{node.key}' starts from '{parent.key}', which has another shape: give both one model")
     model: Any = materials.model(parent)
     return model.params
-
-
-def _measured(node: Node, record: dict[str, Any], materials: Materials, view: View) -> dict[str, Any]:
-    """The record with everything that the lineage's evaluation asks for."""
-    evaluation = materials.store.lineage.evaluation
-    model, tokenizer = materials.model(node), materials.tokenizer(node.tokenizer)
-    view.stage("measure")
-    held_out = materials.documents(evaluation.text, node.tokenizer)
-    contexts = evaluate.evaluation_contexts(held_out, evaluation.contexts, evaluation.seed, longest=_longest(node))
-    whole = evaluation.text.skip == 0 and evaluation.text.tokens is None
-    sizes = _byte_counts(materials.strings(evaluation.text), held_out, tokenizer) if whole else None
-    record["metrics"] = evaluate.evaluate_model(model, held_out, sizes, contexts)
-    record["agreement"] = {
-        other.key: evaluate.compare_models(model, materials.model(other), contexts.prefixes)
-        for other in _compared(node, materials)
-    }
-    prompts = [tokenizer.encode(prompt) for prompt in evaluation.prompts]
-    record["predictions"] = evaluate.predictions(model, prompts, tokenizer)
-    if evaluation.write_tokens:
-        view.stage("write")
-        record["metrics"] |= _measure_writing(node, model, materials, record)
-    return record | {"measured_as": materials.store.measured_as(node)}
-
-
-def _longest(node: Node) -> int:
-    """Tokens of the longest document that a node writes: it is cut there, and what is cut has no true end."""
-    return min(MAX_LENGTH, getattr(node.model, "max_length", MAX_LENGTH + 1) - 1)
-
-
-def _byte_counts(texts: Iterable[str], documents: list[Document], tokenizer: Tokenizer) -> list[int] | None:
-    """UTF-8 bytes of each text; None where the tokenizer loses some of it, since bits a byte would come out too low."""
-    texts = list(texts)
-    if any(tokenizer.decode(ids) != text for text, ids in zip(texts, documents, strict=True)):
-        return None
-    return [len(text.encode()) for text in texts]
-
-
-def _measure_writing(node: Node, model: Any, materials: Materials, record: dict[str, Any]) -> dict[str, float]:
-    """Measures of a text that the node writes, some of which the record keeps to be read."""
-    evaluation, tokenizer = materials.store.lineage.evaluation, materials.tokenizer(node.tokenizer)
-    written = model.write(round(WRITTEN_MARGIN * evaluation.write_tokens), seed_of(record["identity"], "evaluate"))
-    record["samples"] = [tokenizer.decode(ids) for ids in written[: evaluation.samples]]
-    ancestor = materials.store.lineage.ancestor(node.key)
-    return evaluate.evaluate_text(
-        written,
-        materials.index(evaluation.real, node.tokenizer),
-        evaluation.write_tokens,
-        decode=tokenizer.decode,
-        judge=materials.model(ancestor) if ancestor.tokenizer == node.tokenizer else None,
-        cut_at=_longest(node),
-    )
-
-
-def _compared(node: Node, materials: Materials) -> list[Node]:
-    """Nodes whose next-token scores a node's are compared with: its teacher, and the one that the evaluation names."""
-    others = [materials.store.lineage[key] for key in materials.store.compared(node)]
-    return [o for o in others if o.tokenizer == node.tokenizer and materials.store.record(o) is not None]
 
 
 def _circumstances() -> dict[str, Any]:

@@ -54,7 +54,10 @@ def restore(value: Any) -> Any:
     if isinstance(value, dict):
         fields = {key: restore(item) for key, item in value.items() if key not in ("type", "partial", "args")}
         if "type" in value:
-            return _named(value["type"])(**fields)
+            kind = _named(value["type"])
+            if not (isinstance(kind, type) and dataclasses.is_dataclass(kind)):
+                raise Fault(f"a record names '{value['type']}' as a config, and it is none")
+            return kind(**fields)
         if "partial" in value:
             return functools.partial(_named(value["partial"]), *restore(value["args"]), **fields)
         return fields
@@ -66,11 +69,14 @@ def restore(value: Any) -> Any:
 
 
 def _named(reference: str) -> Any:
-    """The object behind `module:qualified.name`, if the module is Epigone's."""
-    module, _, name = reference.partition(":")
+    """The function or type that is defined at `module:name`, if the module is Epigone's; never what it imported."""
+    module, _, name = str(reference).partition(":")
     if module.split(".")[0] != "epigone":
         raise Fault(f"a record names '{reference}', which is not part of epigone")
     try:
-        return functools.reduce(getattr, name.split("."), importlib.import_module(module))
-    except (ImportError, AttributeError):
+        found = vars(importlib.import_module(module))[name]
+    except (ImportError, KeyError):
         raise Fault(f"a record names '{reference}', which this version does not have") from None
+    if not callable(found) or getattr(found, "__module__", None) != module:
+        raise Fault(f"a record names '{reference}', which is not defined there")
+    return found

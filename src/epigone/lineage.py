@@ -6,7 +6,8 @@ are frozen dataclasses of the rooms that can use them.
 
 import dataclasses
 import graphlib
-from collections.abc import Iterable, Mapping, Sequence
+import re
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from functools import cached_property
@@ -32,6 +33,9 @@ class Text:
     skip: int = 0
     tokens: int | None = None
 
+    def __post_init__(self) -> None:
+        _check_sizes(self, skip=0, tokens=1)
+
 
 @dataclass(frozen=True)
 class Written:
@@ -52,6 +56,13 @@ class Written:
     top_k: int = 0
     top_p: float = 1.0
     max_length: int = 256
+
+    def __post_init__(self) -> None:
+        _check_sizes(self, tokens=0, top_k=0, max_length=1)
+        if not (self.temperature >= 1e-6 and 0 < self.top_p <= 1):
+            raise UserError(
+                f"written by '{self.by}': temperature {self.temperature} (1e-6 or more), top_p {self.top_p}"
+            )
 
 
 @dataclass(frozen=True)
@@ -112,6 +123,10 @@ class Node:
     seed: int = 0
     labels: Mapping[str, str] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        _check_name(self.name)
+        _check_sizes(self, generation=0, seed=0)
+
     @property
     def key(self) -> str:
         """`name@generation`, and `.sN` behind it for seeds other than 0."""
@@ -150,6 +165,9 @@ class Evaluation:
     samples: int = 8
     seed: int = 0
 
+    def __post_init__(self) -> None:
+        _check_sizes(self, write_tokens=0, contexts=1, samples=0, seed=0)
+
 
 @dataclass(frozen=True)
 class Lineage:
@@ -168,6 +186,9 @@ class Lineage:
     description: str = ""
 
     def __post_init__(self) -> None:
+        _check_name(self.name)
+        for key in self.evaluation.compare.values() if self.evaluation else ():
+            _ = self[key]
         _ = self.order
 
     @cached_property
@@ -227,6 +248,19 @@ class Lineage:
         return node
 
 
+def _check_name(name: str) -> None:
+    """Names become names of directories."""
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", name):
+        raise UserError(f"name '{name[:120]}': use letters, digits, '.', '_' and '-', a hundred at most")
+
+
+def _check_sizes(config: Any, **least: int) -> None:
+    for name, smallest in least.items():
+        value = getattr(config, name)
+        if value is not None and value < smallest:
+            raise UserError(f"{type(config).__name__}: {name}={value} must be at least {smallest}")
+
+
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """The end of an error message: the nearest known word, or all of them when none is near and they are few."""
     known = list(known)
@@ -234,58 +268,3 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     if near:
         return f"; did you mean '{near[0]}'?"
     return f"; known: {', '.join(known)}" if 0 < len(known) <= 12 else ""
-
-
-# Lineages in one line each.
-
-
-def repeat(node: Node, seeds: int) -> tuple[Node, ...]:
-    """The same recipe with seeds 0 to seeds - 1: the spread of a result."""
-    return tuple(dataclasses.replace(node, seed=seed) for seed in range(seeds))
-
-
-def fan_out(teacher: Node, students: Iterable[Node]) -> tuple[Node, ...]:
-    """Every student learns from the scores of one teacher, one generation after it."""
-    return tuple(
-        dataclasses.replace(
-            student,
-            generation=teacher.generation + 1,
-            lesson=dataclasses.replace(student.lesson, teacher=teacher.key),
-        )
-        for student in students
-    )
-
-
-def population(student: Node, teachers: Sequence[Node], members: int) -> tuple[Node, ...]:
-    """`members` students, dealt to the teachers in turn (member i to teacher i mod k), each with a seed of its own."""
-    return tuple(
-        fan_out(teachers[member % len(teachers)], [dataclasses.replace(student, seed=member)])[0]
-        for member in range(members)
-    )
-
-
-def chain(root: Node, generations: int, regime: Any, *, name: str, writing: Written | None = None) -> tuple[Node, ...]:
-    """Generations after `root`, each taught by text as `regime` mixes it; returned without the root.
-
-    `regime` is a function of `epigone.regimes`: (real text, [text written by generation 0, 1, ...]) -> sources of the
-    next. `writing` says how the text is sampled (its `by` is replaced, and its `tokens` when 0): by default as many
-    tokens as the root's real text, at temperature 1. Seeds, model and training are the root's.
-    """
-    real = root.lesson.text[0]
-    if not isinstance(real, Text):
-        raise UserError(f"a chain starts at a node that learned real text, and '{root.key}' learned from another node")
-    writing = writing or Written(by="", tokens=0)
-    if not (writing.tokens or real.tokens):
-        raise UserError(f"say how many tokens each generation writes: '{root.key}' takes its whole corpus")
-    nodes = [root]
-    for generation in range(1, generations + 1):
-        written = [dataclasses.replace(writing, by=n.key, tokens=writing.tokens or real.tokens or 0) for n in nodes]
-        lesson = dataclasses.replace(root.lesson, text=regime(real, written))
-        labels = {**root.labels, "regime": regime_name(regime)}
-        nodes.append(dataclasses.replace(root, name=name, generation=generation, lesson=lesson, labels=labels))
-    return tuple(nodes[1:])
-
-
-def regime_name(regime: Any) -> str:
-    """A regime's name in plain words, also when it is a partial: `fresh_share` -> 'fresh share'."""
-    return getattr(regime, "func", regime).__name__.replace("_", " ")

@@ -130,8 +130,15 @@ def load_model(config: Any, directory: Path, vocab_size: int) -> LanguageModel:
     from epigone.sampling.decode import DecoderLanguageModel
     from epigone.training import checkpoint
 
-    filled = replace(config, vocab_size=config.vocab_size or vocab_size)
-    return DecoderLanguageModel(filled, checkpoint.load_params(directory, decoder.abstract(filled)))
+    config = fill(config, vocab_size)
+    return DecoderLanguageModel(config, checkpoint.load_params(directory, decoder.abstract(config)))
+
+
+def fill(config: Any, vocab_size: int) -> Any:
+    """A decoder's config with its vocabulary's size, by default its tokenizer's. UserError if it has fewer entries."""
+    if config.vocab_size is not None and config.vocab_size < vocab_size:
+        raise UserError(f"vocab_size {config.vocab_size} is less than the {vocab_size} tokens of the tokenizer")
+    return replace(config, vocab_size=config.vocab_size or vocab_size)
 
 
 def seed_of(identity: str, purpose: str) -> int:

@@ -88,8 +88,9 @@ def read(text: str, annotation: Any, old: Any, assignment: str) -> Any:
         return _function(text, old, assignment)
     if isinstance(old, tuple) or any(typing.get_origin(kind) is tuple for kind in kinds):
         parts = [part for part in text.strip("()").split(",") if part.strip()]
-        item = old[0] if old else ""
-        return tuple(read(part.strip(), type(item), item, assignment) for part in parts)
+        declared = [typing.get_args(kind) for kind in kinds if typing.get_origin(kind) is tuple]
+        item = type(old[0]) if old else declared[0][0] if declared and declared[0] else str
+        return tuple(read(part.strip(), item, None, assignment) for part in parts)
     for kind in (kind for kind in (bool, int, float, str) if kind in kinds):
         try:
             return _booleans[text.lower()] if kind is bool else kind(text)
@@ -115,7 +116,7 @@ def _function(text: str, old: Any, assignment: str) -> Any:
     module_name, _, name = text.rpartition(":")
     try:
         module = importlib.import_module(module_name or present.__module__)
-    except ImportError:
+    except (ImportError, TypeError, ValueError):
         raise UserError(f"'{assignment}': there is no module '{module_name}'") from None
     if not callable(getattr(module, name, None)):
         public = [n for n, f in vars(module).items() if callable(f) and getattr(f, "__module__", "") == module.__name__]

@@ -4,7 +4,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from epigone.lineage import Lineage, Node, TrainedTokenizer
-from epigone.materials import Materials
+from epigone.materials import Materials, fill
 from epigone.models.ngram import NGram
 from epigone.store import Store, kind
 
@@ -75,7 +75,7 @@ def _plan_decoder(row: PlannedNode, node: Node, lineage: Lineage, materials: Mat
 
 def sized(node: Node, materials: Materials) -> Any:
     """A decoder's config with its vocabulary's size: its own, its tokenizer's config's, or its tokenizer's."""
-    return replace(node.model, vocab_size=node.model.vocab_size or _vocab_size(node.tokenizer, materials))
+    return fill(node.model, _vocab_size(node.tokenizer, materials))
 
 
 def _vocab_size(config: TrainedTokenizer, materials: Materials) -> int:

@@ -1,7 +1,7 @@
 """What each generation learns from: one function per data regime.
 
 A regime takes the real text of generation 0 and the texts that generations 0, 1, ..., g - 1 wrote (each as long as the
-real one) and gives the sources of generation g. To add one, write such a function and pass it to `lineage.chain`.
+real one) and gives the sources of generation g. To add one, write such a function and pass it to `families.chain`.
 """
 
 from collections.abc import Sequence

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import importlib.util
 import inspect
+import os
 import sys
 import time
 import traceback
@@ -19,7 +20,7 @@ from rich.console import Console
 from rich.table import Table
 
 from epigone.cli import parse
-from epigone.errors import Fault, Stopped, UserError
+from epigone.errors import Fault, UserError
 from epigone.lineage import Lineage
 from epigone.overrides import documented_fields, kinds_of_node, override
 
@@ -60,6 +61,8 @@ def run(arguments: Sequence[str]) -> None:
     options = {name: getattr(given, name) for name in inspect.signature(function).parameters}
     lineage = override(_called(function, options), given.set)
     directory = given.run or Path("runs") / lineage.name
+    if directory.exists() and not directory.is_dir():
+        raise UserError(f"'{directory}' is no directory: name another with --run")
     if given.dry_run:
         show_plan(lineage, directory, given.data)
     else:
@@ -74,6 +77,8 @@ def load_config(path: Path) -> Callable[..., Lineage]:
     spec = importlib.util.spec_from_file_location(f"epigone_config_{path.stem}", path)
     if spec is None or spec.loader is None:
         raise UserError(f"config '{path}' is no Python file (.py)")
+    # As for a script: modules beside the config, and in the current directory, can be imported.
+    sys.path[:0] = [folder for folder in (str(path.resolve().parent), os.getcwd()) if folder not in sys.path]
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
     _guarded(path, lambda: spec.loader.exec_module(module))  # type: ignore[union-attr]
@@ -94,12 +99,13 @@ def _guarded(path: Path, action: Callable[[], Any]) -> Any:
     """A config is the user's own code: what it raises is told with its line, as bad input."""
     try:
         return action()
-    except (UserError, Fault, Stopped):
+    except (UserError, Fault):
         raise
     except SyntaxError as error:
         raise UserError(f"config '{path}', line {error.lineno}: {error.msg}") from None
     except Exception as error:
-        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
+        frames = traceback.extract_tb(error.__traceback__)
+        lines = [frame.lineno for frame in frames if Path(frame.filename).resolve() == path.resolve()]
         where = f", line {lines[-1]}" if lines else ""
         raise UserError(f"config '{path}'{where}: {type(error).__name__}: {error}") from None
 
@@ -202,4 +208,10 @@ def grow_and_report(lineage: Lineage, directory: Path, given: Any) -> None:
         print(f"{lineage.name}: {done} done, nothing to grow")
     if given.node is None:
         page = directory / "report.html"
-        print(f"report: {write_report(directory) if grown or not page.exists() else page}")
+        print(f"report: {page if _is_current(page, store) else write_report(directory)}")
+
+
+def _is_current(page: Path, store: Any) -> bool:
+    """Whether a report is newer than everything that it shows."""
+    shown = [store.run / "lineage.json", *(store.directory(n) / "record.json" for n in store.lineage.nodes)]
+    return page.exists() and all(page.stat().st_mtime_ns >= path.stat().st_mtime_ns for path in shown)

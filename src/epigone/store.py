@@ -45,7 +45,7 @@ class Store:
             record = json.loads(path.read_text())
         except ValueError:
             raise Fault(f"record {path} is damaged: delete its directory to grow node '{node.key}' again") from None
-        if record.get("identity") != self.lineage.identities[node.key]:
+        if not isinstance(record, dict) or record.get("identity") != self.lineage.identities[node.key]:
             raise Fault(f"record {path} is not of this lineage: delete its directory to grow node '{node.key}' again")
         return record
 
@@ -91,7 +91,7 @@ class Store:
             "evaluation": canonical(lineage.evaluation),
         }
         path = self.run / "lineage.json"
-        if not path.exists() or path.read_text() != json.dumps(described, indent=1):
+        if not path.exists() or path.read_bytes() != json.dumps(described, indent=1).encode():
             write_json(path, described)
 
     @contextlib.contextmanager
@@ -144,13 +144,17 @@ def _locked(path: Path, mode: int) -> Iterator[TextIO]:
             fcntl.flock(file, mode | fcntl.LOCK_NB)
         except BlockingIOError:
             file.seek(0)
-            owner = file.read().strip() or "unknown"
-            raise UserError(f"{path.parent} is being grown by process {owner}: wait for it, or stop it") from None
+            owner = f"process {file.read().strip()}" if path.stat().st_size else "processes that grow single nodes"
+            raise UserError(f"{path.parent} is being grown by {owner}: wait, or stop them") from None
         if mode == fcntl.LOCK_EX:
             file.truncate(0)
             file.write(str(os.getpid()))
             file.flush()
-        yield file
+        try:
+            yield file
+        finally:
+            if mode == fcntl.LOCK_EX:
+                file.truncate(0)
 
 
 def open_run(run: Path) -> dict[str, Any]:
@@ -160,6 +164,8 @@ def open_run(run: Path) -> dict[str, Any]:
         others = [p.parent.name for p in run.parent.glob("*/lineage.json")]
         raise UserError(f"no run in {run}{did_you_mean(run.name, others)}; grow one with 'epigone run CONFIG'")
     try:
-        return json.loads(path.read_text())
-    except ValueError:
+        described = json.loads(path.read_text())
+        _ = [(node["key"], node["identity"]) for node in described["nodes"]]
+    except (ValueError, KeyError, TypeError):
         raise Fault(f"{path} is damaged: run 'epigone run' on the same config to write it again") from None
+    return described

@@ -211,7 +211,9 @@ def slice_documents(documents: Sequence[np.ndarray], skip_tokens: int, tokens: i
     total = int(ends[-1]) if len(ends) else 0
     first = int(np.searchsorted(ends, skip_tokens)) + 1 if skip_tokens > 0 else 0
     last = len(ends) if tokens is None else int(np.searchsorted(ends, skip_tokens + tokens)) + 1
-    if first >= last or last > len(ends):
+    if first >= last and last <= len(ends) and first < len(ends):
+        raise UserError(f"no document ends between token {skip_tokens} and {tokens} further: take more tokens")
+    if first >= len(ends) or last > len(ends):
         wanted = f"{skip_tokens} to skip" + ("" if tokens is None else f" and {tokens} to take")
         raise UserError(f"the text has {total} tokens, too few for {wanted}")
     return [documents[index] for index in order[first:last]]

@@ -1,6 +1,6 @@
 """`epigone sample NODE`: texts of a node that is grown, read from its run directory alone."""
 
-import dataclasses
+import contextlib
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -35,10 +35,16 @@ def samples(
     """
     if n < 1 or max_length < 1:
         raise UserError(f"n={n}, max_length={max_length}: both must be at least 1")
+    if not 0 <= seed < 2**31:
+        raise UserError(f"seed={seed}: from 0 to {2**31 - 1}")
+    if 0 < temperature < 1e-6:
+        raise UserError(f"temperature={temperature}: 0 takes the most probable token; above it, at least 1e-6")
     if temperature < 0:
         raise UserError(f"temperature={temperature} is negative: 0 takes the most probable token, 1 samples")
     run = run or _run_with(node)
     config, directory = _grown(run, node)
+    if any(not text.isprintable() and "\ud800" <= max(text) <= "\udfff" for text in prompt):
+        raise UserError("a prompt is not valid UTF-8 text")
     tokenizer = Tokenizer.load(run / "tokenizers" / f"{fingerprint(config.tokenizer)}.json")
     model = load_model(config.model, directory / "model", tokenizer.size)
     prompts = [tokenizer.encode(text) for text in prompt or ("",)]
@@ -58,7 +64,10 @@ def _score(model: LanguageModel, document: Document) -> float:
 
 def _run_with(node: str) -> Path:
     """The one run below runs/ that has the node."""
-    runs = {path.parent: open_run(path.parent) for path in sorted(Path("runs").glob("*/lineage.json"))}
+    runs = {}
+    for path in sorted(Path("runs").glob("*/lineage.json")):
+        with contextlib.suppress(Fault):  # another run that is damaged is none of this one's business
+            runs[path.parent] = open_run(path.parent)
     having = [run for run, lineage in runs.items() if any(n["key"] == node for n in lineage["nodes"])]
     if len(having) == 1:
         return having[0]
@@ -79,6 +88,8 @@ def _grown(run: Path, key: str) -> tuple[Node, Path]:
         raise UserError(f"node '{key}' of {run} is not grown yet: run its config first")
     try:
         config = restore(json.loads(path.read_text())["config"])
-    except (ValueError, KeyError):
-        raise Fault(f"record {path} is damaged: delete its directory to grow the node again") from None
-    return dataclasses.replace(config), directory
+    except (ValueError, KeyError, TypeError, UserError):
+        config = None
+    if not isinstance(config, Node):
+        raise Fault(f"record {path} is damaged: delete its directory to grow the node again")
+    return config, directory

@@ -1,0 +1,60 @@
+"""Lineages in one line each: repetitions, fan-outs, populations, chains of generations."""
+
+import dataclasses
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from epigone.errors import UserError
+from epigone.lineage import Node, Text, Written
+
+
+def repeat(node: Node, seeds: int) -> tuple[Node, ...]:
+    """The same recipe with seeds 0 to seeds - 1: the spread of a result."""
+    return tuple(dataclasses.replace(node, seed=seed) for seed in range(seeds))
+
+
+def fan_out(teacher: Node, students: Iterable[Node]) -> tuple[Node, ...]:
+    """Every student learns from the scores of one teacher, one generation after it."""
+    return tuple(
+        dataclasses.replace(
+            student,
+            generation=teacher.generation + 1,
+            lesson=dataclasses.replace(student.lesson, teacher=teacher.key),
+        )
+        for student in students
+    )
+
+
+def population(student: Node, teachers: Sequence[Node], members: int) -> tuple[Node, ...]:
+    """`members` students, dealt to the teachers in turn (member i to teacher i mod k), each with a seed of its own."""
+    return tuple(
+        fan_out(teachers[member % len(teachers)], [dataclasses.replace(student, seed=member)])[0]
+        for member in range(members)
+    )
+
+
+def chain(root: Node, generations: int, regime: Any, *, name: str, writing: Written | None = None) -> tuple[Node, ...]:
+    """Generations after `root`, each taught by text as `regime` mixes it; returned without the root.
+
+    `regime` is a function of `epigone.regimes`: (real text, [text written by generation 0, 1, ...]) -> sources of the
+    next. `writing` says how the text is sampled (its `by` is replaced, and its `tokens` when 0): by default as many
+    tokens as the root's real text, at temperature 1. Seeds, model and training are the root's.
+    """
+    real = root.lesson.text[0]
+    if not isinstance(real, Text):
+        raise UserError(f"a chain starts at a node that learned real text, and '{root.key}' learned from another node")
+    writing = writing or Written(by="", tokens=0)
+    if not (writing.tokens or real.tokens):
+        raise UserError(f"say how many tokens each generation writes: '{root.key}' takes its whole corpus")
+    nodes = [root]
+    for generation in range(1, generations + 1):
+        written = [dataclasses.replace(writing, by=n.key, tokens=writing.tokens or real.tokens or 0) for n in nodes]
+        lesson = dataclasses.replace(root.lesson, text=regime(real, written))
+        labels = {**root.labels, "regime": regime_name(regime)}
+        nodes.append(dataclasses.replace(root, name=name, generation=generation, lesson=lesson, labels=labels))
+    return tuple(nodes[1:])
+
+
+def regime_name(regime: Any) -> str:
+    """A regime's name in plain words, also when it is a partial: `fresh_share` -> 'fresh share'."""
+    return getattr(regime, "func", regime).__name__.replace("_", " ")

@@ -1,0 +1,71 @@
+"""Measure a node that is grown: the model on held-out text, and the text that it writes."""
+
+from collections.abc import Iterable
+from typing import Any
+
+from epigone import evaluate
+from epigone.data.tokenizers import Tokenizer
+from epigone.lineage import Node
+from epigone.materials import Materials, seed_of
+from epigone.models.language_model import MAX_LENGTH, Document
+from epigone.view import View
+
+WRITTEN_MARGIN = 1.25
+"""A node writes so much more than is measured, since the ends of documents are not part of the measured sample."""
+
+
+def measured(node: Node, record: dict[str, Any], materials: Materials, view: View) -> dict[str, Any]:
+    """The record with everything that the lineage's evaluation asks for."""
+    evaluation = materials.store.lineage.evaluation
+    model, tokenizer = materials.model(node), materials.tokenizer(node.tokenizer)
+    view.stage("measure")
+    held_out = materials.documents(evaluation.text, node.tokenizer)
+    contexts = evaluate.evaluation_contexts(held_out, evaluation.contexts, evaluation.seed, longest=_longest(node))
+    whole = evaluation.text.skip == 0 and evaluation.text.tokens is None
+    sizes = _byte_counts(materials.strings(evaluation.text), held_out, tokenizer) if whole else None
+    record["metrics"] = evaluate.evaluate_model(model, held_out, sizes, contexts)
+    record["agreement"] = {
+        other.key: evaluate.compare_models(model, materials.model(other), contexts.prefixes)
+        for other in _compared(node, materials)
+    }
+    prompts = [tokenizer.encode(prompt) for prompt in evaluation.prompts]
+    record["predictions"] = evaluate.predictions(model, prompts, tokenizer)
+    if evaluation.write_tokens:
+        view.stage("write")
+        record["metrics"] |= _measure_writing(node, model, materials, record)
+    return record | {"measured_as": materials.store.measured_as(node)}
+
+
+def _longest(node: Node) -> int:
+    """Tokens of the longest document that a node writes: it is cut there, and what is cut has no true end."""
+    return min(MAX_LENGTH, getattr(node.model, "max_length", MAX_LENGTH + 1) - 1)
+
+
+def _byte_counts(texts: Iterable[str], documents: list[Document], tokenizer: Tokenizer) -> list[int] | None:
+    """UTF-8 bytes of each text; None where the tokenizer loses some of it, since bits a byte would come out too low."""
+    texts = list(texts)
+    if any(tokenizer.decode(ids) != text for text, ids in zip(texts, documents, strict=True)):
+        return None
+    return [len(text.encode()) for text in texts]
+
+
+def _measure_writing(node: Node, model: Any, materials: Materials, record: dict[str, Any]) -> dict[str, float]:
+    """Measures of a text that the node writes, some of which the record keeps to be read."""
+    evaluation, tokenizer = materials.store.lineage.evaluation, materials.tokenizer(node.tokenizer)
+    written = model.write(round(WRITTEN_MARGIN * evaluation.write_tokens), seed_of(record["identity"], "evaluate"))
+    record["samples"] = [tokenizer.decode(ids) for ids in written[: evaluation.samples]]
+    ancestor = materials.store.lineage.ancestor(node.key)
+    return evaluate.evaluate_text(
+        written,
+        materials.index(evaluation.real, node.tokenizer),
+        evaluation.write_tokens,
+        decode=tokenizer.decode,
+        judge=materials.model(ancestor) if ancestor.tokenizer == node.tokenizer else None,
+        cut_at=_longest(node),
+    )
+
+
+def _compared(node: Node, materials: Materials) -> list[Node]:
+    """Nodes whose next-token scores a node's are compared with: its teacher, and the one that the evaluation names."""
+    others = [materials.store.lineage[key] for key in materials.store.compared(node)]
+    return [o for o in others if o.tokenizer == node.tokenizer and materials.store.record(o) is not None]
