@@ -7,7 +7,7 @@ import tensorflow_datasets as tfds
 from hypothesis import given
 from hypothesis import strategies as st
 
-from epigone.data.corpora import TextFiles, Tfds, slice_documents
+from epigone.data.corpora import Documents, TextFiles, Tfds, slice_documents
 from epigone.errors import Fault, UserError
 
 TEXTS = [f"This is document number {index}.\nIt has two lines, é." for index in range(400)]
@@ -274,3 +274,16 @@ def test_a_text_that_is_too_short_says_both_numbers(skip, tokens):
     wanted = f"{skip} to skip" + (f" and {tokens} to take" if tokens else "")
     with pytest.raises(UserError, match=f"the text has 819 tokens, too few for {wanted}"):
         slice_documents(DOCUMENTS, skip, tokens)
+
+
+def test_a_name_of_the_catalogue_is_read_from_mocked_data(tmp_path, monkeypatch):
+    """`mock_data` stands for a prepared data set. It can read records one by one; its reading of several at once lacks
+    an argument in TFDS 4.9.10, so here they are read one by one."""
+    monkeypatch.setattr(Documents, "_rows", lambda self, indices: [self._source[index] for index in indices])
+    with tfds.testing.mock_data(num_examples=7):
+        splits = Tfds("tfds:lm1b", validation_split="").prepare(tmp_path)
+    assert sorted(splits) == ["test", "train"]
+    assert len(splits["train"]) == 7
+    assert all(isinstance(text, str) for text in splits["train"])
+    assert splits["train"].card["name"].startswith("tfds:lm1b")
+    assert splits["train"].card["documents"] == 7

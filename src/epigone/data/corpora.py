@@ -1,6 +1,7 @@
 """Real text as TFDS data sets, and the choice of a part of it. A corpus is a frozen dataclass with `prepare`."""
 
 import bisect
+import contextlib
 import difflib
 import json
 import os
@@ -116,7 +117,7 @@ class Tfds:
     """A data set that TensorFlow Datasets knows by name, such as 'lm1b' or 'wiki40b/en'.
 
     Attributes:
-        name: TFDS name, with config and version if wished.
+        name: TFDS name, with config and version if wished; 'tfds:' may stand before it.
         text_field: Feature that holds the text.
         train_split: TFDS expression for train, such as 'train' or 'train[:95%]'.
         validation_split: The same for validation; empty for none.
@@ -154,14 +155,15 @@ class Tfds:
     def _builder(self, data_dir: Path) -> Any:
         import tensorflow_datasets as tfds
 
-        short = re.split("[/:]", self.name)[0]
+        name = self.name.removeprefix("tfds:")
+        short = re.split("[/:]", name)[0]
         registered = tfds.list_builders(with_community_datasets=False)
         if short not in registered and not (data_dir / short).is_dir():
             near = difflib.get_close_matches(short, registered, 1)
             hint = f"; did you mean '{near[0]}'?" if near else ""
             raise UserError(f"TFDS has no data set '{self.name}'{hint}")
         try:
-            builder = tfds.builder(self.name, data_dir=str(data_dir), file_format="array_record")
+            builder = tfds.builder(name, data_dir=str(data_dir), file_format="array_record")
         except Exception as error:  # of many types, for a config or version that is not there
             raise UserError(f"TFDS cannot open '{self.name}': {_reason(error)}") from error
         try:
@@ -246,8 +248,9 @@ def _counts(directory: Path, expression: str, field: str, documents: Documents) 
     if key not in known:
         known[key] = describe(documents)
         temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
-        temporary.write_text(json.dumps(known, indent=1), encoding="utf-8")
-        temporary.replace(path)
+        with contextlib.suppress(OSError):  # a data set that is shared may not be written beside
+            temporary.write_text(json.dumps(known, indent=1), encoding="utf-8")
+            temporary.replace(path)
     return known[key]
 
 

@@ -56,8 +56,9 @@ class Documents(Sequence[str]):
 
     def _read(self, indices: Sequence[int]) -> list[str]:
         try:
-            # TFDS gives Text back as bytes.
-            return [bytes(row[self._field]).decode() for row in self._rows(indices)]
+            values = [row[self._field] for row in self._rows(indices)]
+            # TFDS gives Text back as bytes, and its mocked data as str.
+            return [value if isinstance(value, str) else bytes(value).decode() for value in values]
         except UnicodeDecodeError as error:
             raise Fault(f"data set {self._directory}: field '{self._field}' is not UTF-8 ({error.reason})") from error
 
