@@ -31,7 +31,7 @@ def metrics(tmp_path_factory):
     """Metrics by regime and generation, one seed."""
     whole = load_config(CONFIG)(seeds=1)
     trigrams = tuple(node for node in whole.nodes if node.name.startswith("trigram"))
-    lineage = dataclasses.replace(whole, nodes=trigrams)
+    lineage = dataclasses.replace(whole, nodes=trigrams, evaluation=dataclasses.replace(whole.evaluation, compare={}))
     run = tmp_path_factory.mktemp("quickstart") / "run"
     grow(lineage, run, view=Silent())
     store = Store(run, lineage)

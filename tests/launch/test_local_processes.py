@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -49,6 +50,17 @@ def test_a_dry_run_prints_what_would_be_started(tmp_path):
 def test_the_first_failure_ends_all_with_its_exit_code(tmp_path):
     code = "import os, sys, time; sys.exit(7) if os.environ['JAX_PROCESS_ID'] == '1' else time.sleep(200)"
     assert launch(tmp_path, "--processes", "2", "--", sys.executable, "-c", code).returncode == 7
+
+
+def test_bad_input_in_one_process_ends_both_with_its_line_and_its_exit_code(tmp_path):
+    """The other one is waiting for it by then; nobody waits for the time limit of a hung program."""
+    tiny.write_config(tmp_path)
+    command = ["--", sys.executable, "-m", "epigone", "run", "tiny.py", "--hardware.data", "2"]
+    began = time.monotonic()
+    done = launch(tmp_path, "--processes", "2", *command, "--set", "evaluation.text.split=tset")
+    assert done.returncode == 2
+    assert done.stdout.count("has no split 'tset'") == 1
+    assert time.monotonic() - began < 120
 
 
 @pytest.mark.parametrize("arguments", [[], ["--processes", "0", "--", "true"], ["--processes", "2", "--"]])
