@@ -1,5 +1,6 @@
 """The verbs as a person gives them: what they print, how they end, and that nothing is harmed when they end badly."""
 
+import csv
 import json
 import os
 import re
@@ -68,6 +69,12 @@ def test_a_run_leaves_records_and_a_report(grown):
     assert found["reader@1"]["data"][0]["parents"][0]["key"] == "teacher@0"
     run_directory = grown / "runs" / "tiny"
     assert {"report.html", "results.json", "results.csv", "plots"} <= {path.name for path in run_directory.iterdir()}
+    with (run_directory / "results.csv").open() as file:
+        rows = {row["key"]: row for row in csv.DictReader(file)}
+    for key, record in found.items():
+        for name in ("parameters", "tokens", "seconds"):
+            assert float(rows[key][name]) == pytest.approx(record[name])
+        assert rows[key]["flops"] == ("" if "flops" not in record else str(record["flops"]))
 
 
 def test_a_second_run_does_nothing_but_say_so(folder, capsys):

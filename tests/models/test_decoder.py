@@ -210,3 +210,15 @@ def test_bad_configs_are_refused_with_their_values():
     short = dataclasses.replace(LLAMA, positions=learned, max_length=8)
     with pytest.raises(UserError, match="max_length 8"):
         forward(short, init(short, 0), *rows(short))
+
+
+def test_initial_weights_have_the_standard_spreads():
+    """1 / sqrt(inputs), smaller by sqrt(2 layers) for the two that write to the stream; 0.02 for the table."""
+    config = DecoderConfig(vocab_size=1000, layers=8, model_size=64, heads=4)
+    params = init(config, 0)
+    D, F, depth = 64, config.sizes.F, (2 * 8) ** -0.5
+    wanted = {"query_LDNH": D**-0.5, "up_LDF": D**-0.5, "mix_LNHD": D**-0.5 * depth, "down_LFD": F**-0.5 * depth}
+    for name, spread in wanted.items():
+        assert float(jnp.std(params["layers"][name][...])) == pytest.approx(spread, rel=0.03)
+    assert float(jnp.std(params["outer"]["embedding_VD"][...])) == pytest.approx(0.02, rel=0.03)
+    assert float(jnp.ptp(params["layers"]["ff_norm_scale_LD"][...])) == 0.0

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from epigone.errors import UserError
+from epigone.models.language_model import EOS
 from epigone.models.ngram import NGram, NGramModel
 from epigone.models.ngram_sampling import filtered
 from epigone.models.smoothing import kneser_ney, mle, witten_bell
@@ -184,3 +185,25 @@ def test_fitting_and_writing_are_fast_on_one_core():
     model = NGramModel.fit(NGram(3, witten_bell), documents, 9003)
     assert min(seconds(lambda: NGramModel.fit(NGram(3, witten_bell), documents, 9003)) for _ in range(5)) < 0.05
     assert min(seconds(lambda: model.write(100_000, 1)) for _ in range(5)) < 100_000 / 400_000
+
+
+def test_a_continuation_depends_on_prompt_seed_and_its_own_number_alone():
+    model = fitted(witten_bell)
+    prompts = [np.array([5, 6], np.int32), np.array([7], np.int32)]
+    many = model.sample(prompts, 3, samples=4, length=20)
+    few = model.sample(prompts[:1], 3, samples=2, length=20)
+    other = model.sample(prompts, 4, samples=4, length=20)
+    for j in range(2):
+        np.testing.assert_array_equal(few[0][j], many[0][j])
+    assert len({tuple(text) for row in many for text in row}) > 4
+    assert [text.tolist() for text in other[0]] != [text.tolist() for text in many[0]]
+
+
+@pytest.mark.parametrize("smooth", [witten_bell, kneser_ney])
+def test_the_first_token_of_a_continuation_follows_the_row_after_its_prompt(smooth):
+    model = fitted(smooth, scale=0.5)
+    prompt = np.array([5, 6], np.int32)
+    texts = model.sample([prompt], 1, samples=4000, length=1)[0]
+    draws = np.array([text[0] if len(text) else EOS for text in texts])
+    assert chi_square_p(draws, row(model, [5, 6])) > 1e-4
+    assert chi_square_p(draws, row(model, [9, 9])) < 1e-4
