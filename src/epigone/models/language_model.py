@@ -1,18 +1,43 @@
 """What every model can do, whether it counts words or multiplies matrices."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 import numpy as np
 
 PAD, BOS, EOS, UNK = 0, 1, 2, 3
-"""Special token ids, the same in every tokenizer. PAD and BOS are never predicted."""
+"""Special token ids of every tokenizer of Epigone's own; n-grams know no others. PAD and BOS are never predicted."""
 
 MAX_LENGTH = 256
 """Tokens after which a written document is cut, where nothing else is asked for."""
 
 Document = np.ndarray
 """int32 token ids of one document, without specials."""
+
+
+@dataclass(frozen=True)
+class Specials:
+    """Token ids with a meaning of their own; a tokenizer and the models that read it have the same ones.
+
+    A document x_1..x_n is read as bos x_1..x_n and predicted as x_1..x_n eos. A tokenizer from elsewhere may have one
+    id for several of these, bos == eos among them.
+
+    Attributes:
+        pad: fills what is no text; any id of the vocabulary.
+        bos: read before every document.
+        eos: predicted at the end of every document.
+        unk: stands for what the tokenizer cannot write; None where there is no such thing.
+        stops: further ids at which a written document ends, such as the end of a turn.
+        never: ids that have probability 0.
+    """
+
+    pad: int = PAD
+    bos: int = BOS
+    eos: int = EOS
+    unk: int | None = UNK
+    stops: tuple[int, ...] = ()
+    never: tuple[int, ...] = (PAD, BOS)
 
 
 @runtime_checkable
@@ -22,6 +47,11 @@ class LanguageModel(Protocol):
     @property
     def vocab_size(self) -> int:
         """Entries of a row of scores: one for each token id."""
+        ...
+
+    @property
+    def specials(self) -> Specials:
+        """The ids that are no text."""
         ...
 
     def log_probs(self, documents: Sequence[Document]) -> list[np.ndarray]:

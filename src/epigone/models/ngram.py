@@ -11,7 +11,7 @@ from epigone.errors import UserError
 from epigone.models import counts as counting
 from epigone.models import ngram_files, ngram_sampling
 from epigone.models.counts import Counts, Level
-from epigone.models.language_model import EOS, MAX_LENGTH, Document
+from epigone.models.language_model import EOS, MAX_LENGTH, Document, Specials
 from epigone.models.smoothing import Mass, Smoothing, witten_bell
 
 
@@ -82,6 +82,11 @@ class NGramModel:
     def vocab_size(self) -> int:
         """V, specials included."""
         return self.levels[0].vocab_size
+
+    @property
+    def specials(self) -> Specials:
+        """Those of Epigone's own tokenizers: n-grams know no others."""
+        return Specials()
 
     @property
     def parameter_count(self) -> int:
