@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from epigone.data.packing import Rows, pack, pack_to
 from epigone.errors import Fault, UserError
+from epigone.models.language_model import Specials
 
 LISTS = st.lists(st.lists(st.integers(4, 99), max_size=40), min_size=1, max_size=30)
 
@@ -28,9 +29,9 @@ def segments(rows):
             yield tuple(tokens_T[places].tolist()), tuple(targets_T[places].tolist())
 
 
-def expected_pieces(lists, length):
+def expected_pieces(lists, length, bos=1, eos=2):
     for ids in lists:
-        tokens, targets = [1, *ids], [*ids, 2]
+        tokens, targets = [bos, *ids], [*ids, eos]
         for start in range(0, len(tokens), length):
             yield tuple(tokens[start : start + length]), tuple(targets[start : start + length])
 
@@ -64,6 +65,16 @@ def test_cut_documents_go_on_without_bos():
         ((13, 14, 15, 16), (14, 15, 16, 17)),
         ((17, 18, 19), (18, 19, 2)),
     ]
+
+
+@given(LISTS, st.integers(1, 24))
+def test_specials_of_another_tokenizer_take_their_places(lists, length):
+    if sum(len(ids) + 1 for ids in lists) < length:
+        return
+    rows = pack(arrays(lists), length, Specials(pad=7, bos=100, eos=100, unk=None, never=()))
+    assert sorted(segments(rows)) == sorted(expected_pieces(lists, length, 100, 100))
+    padding_R3T = rows.planes_R3T.swapaxes(1, 2)[rows.planes_R3T[:, 2] == 0]
+    np.testing.assert_array_equal(padding_R3T, np.tile([7, 7, 0], (len(padding_R3T), 1)))
 
 
 def test_packing_is_tight_and_deterministic():

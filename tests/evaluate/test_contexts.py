@@ -32,6 +32,8 @@ def test_every_event_is_drawn_at_most_once(lengths, count, longest):
         )
         ends = sum(n <= longest for n in lengths)
         assert np.count_nonzero(contexts.targets_M == 2) == ends
+        other = evaluation_contexts(documents, count, longest=longest, eos=50_000)
+        np.testing.assert_array_equal(other.targets_M, np.where(contexts.targets_M == 2, 50_000, contexts.targets_M))
 
 
 def test_events_are_drawn_evenly():

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from epigone.errors import Fault, UserError
-from epigone.models.language_model import BOS, EOS, PAD
+from epigone.models.language_model import Specials
 
 _TOKENS, _TARGETS, _SEGMENTS = 0, 1, 2
 _CHUNK = 2**24
@@ -62,7 +62,7 @@ class Rows:
             raise Fault(f"rows {directory} are damaged ({error}): delete the folder to pack them again") from error
 
 
-def pack(documents: Sequence[np.ndarray], length: int) -> Rows:
+def pack(documents: Sequence[np.ndarray], length: int, specials: Specials = Specials()) -> Rows:
     """Pack documents into rows of `length` positions (best fit, longest first).
 
     A document x_1..x_n is the inputs bos, x_1..x_n and the targets x_1..x_n, eos. One that is longer than a row is cut
@@ -78,28 +78,34 @@ def pack(documents: Sequence[np.ndarray], length: int) -> Rows:
         raise UserError("there is no document to learn from")
     if total < length:
         raise UserError(f"the text has {total} tokens, one sequence needs {length}: give more text or shorten it")
-    return _pack(documents, length)
+    return _pack(documents, length, specials)
 
 
-def pack_to(directory: Path, documents: Iterable[np.ndarray], length: int, chunk: int = _CHUNK) -> Rows:
+def pack_to(
+    directory: Path,
+    documents: Iterable[np.ndarray],
+    length: int,
+    chunk: int = _CHUNK,
+    specials: Specials = Specials(),
+) -> Rows:
     """`pack` for a text larger than memory: packs `chunk` events at a time into a file and maps it."""
-    _write(directory, (pack(block, length) for block in _chunks(documents, max(chunk, length))), length)
+    _write(directory, (pack(block, length, specials) for block in _chunks(documents, max(chunk, length))), length)
     return Rows.open(directory)
 
 
-def _pack(documents: Sequence[np.ndarray], length: int) -> Rows:
+def _pack(documents: Sequence[np.ndarray], length: int, specials: Specials) -> Rows:
     sizes = np.array([len(document) + 1 for document in documents], np.int64)
     starts = np.concatenate([[0], np.cumsum(sizes)[:-1]])
-    targets = np.full(int(sizes.sum()), EOS, np.int32)
+    targets = np.full(int(sizes.sum()), specials.eos, np.int32)
     inner = np.ones(len(targets), bool)
     inner[starts + sizes - 1] = False
     targets[inner] = np.concatenate([np.asarray(document, np.int32) for document in documents])
-    tokens = np.concatenate([[BOS], targets[:-1]]).astype(np.int32)
-    tokens[starts] = BOS
+    tokens = np.concatenate([[specials.bos], targets[:-1]]).astype(np.int32)
+    tokens[starts] = specials.bos
     pieces = _pieces(sizes, length)
     rows, offsets, segments = _place(pieces, length)
     planes_R3T = np.zeros((int(rows.max()) + 1, 3, length), np.int32)
-    planes_R3T[:, :2] = PAD
+    planes_R3T[:, :2] = specials.pad
     # Pieces follow each other in the order of the events, so one running count gives each event its place.
     column_N = np.arange(len(targets)) - np.repeat(np.cumsum(pieces) - pieces - offsets, pieces)
     row_N = np.repeat(rows, pieces)

@@ -22,7 +22,7 @@ class Contexts:
 
     Attributes:
         prefixes: token ids before the place, without bos; may be empty.
-        targets_M: the true next token of each prefix, eos (2) at a document's end.
+        targets_M: the true next token of each prefix, eos at a document's end.
     """
 
     prefixes: tuple[Document, ...]
@@ -41,7 +41,7 @@ class Readable(Protocol):
 
 
 def evaluation_contexts(
-    documents: Sequence[Document], count: int, seed: int = 0, *, longest: int | None = None
+    documents: Sequence[Document], count: int, seed: int = 0, *, longest: int | None = None, eos: int = EOS
 ) -> Contexts:
     """Draw `count` different places among all events x_1..x_n, eos of the documents, each event equally likely.
 
@@ -53,6 +53,7 @@ def evaluation_contexts(
         count: places wanted.
         seed: of the draw.
         longest: places with a prefix of more tokens are left out (a decoder has a maximum length).
+        eos: id of the token that ends a document.
 
     Raises:
         UserError: no event is left to draw from.
@@ -69,7 +70,7 @@ def evaluation_contexts(
     lengths = drawn - (ends - events)[owners]
     order = np.lexsort((owners, lengths))
     places = [(documents[int(i)], int(n)) for i, n in zip(owners[order], lengths[order], strict=True)]
-    targets = [document[n] if n < len(document) else EOS for document, n in places]
+    targets = [document[n] if n < len(document) else eos for document, n in places]
     return Contexts(tuple(document[:n] for document, n in places), np.array(targets, dtype=np.int64))
 
 
