@@ -22,14 +22,26 @@ VARIANTS = {
         positions=learned,
         activation=gelu,
         gated=False,
-        bias=True,
+        qkv_bias=True,
+        mix_bias=True,
+        ff_bias=True,
+        norm_bias=True,
     ),
     "qwen3": dataclasses.replace(LLAMA, qk_norm=True, head_size=6, rope_theta=1e6, tied=False, kv_heads=1),
     "gemma2": dataclasses.replace(
         LLAMA, activation=gelu, window=3, attention_softcap=2.0, logit_softcap=3.0, embedding_scale=4.0
     ),
     "mixed": dataclasses.replace(
-        LLAMA, activation=exact_gelu, norm=layer_norm, qk_norm=True, bias=True, remat=save_nothing, vocab_size=40
+        LLAMA,
+        activation=exact_gelu,
+        norm=layer_norm,
+        qk_norm=True,
+        qkv_bias=True,
+        mix_bias=True,
+        ff_bias=True,
+        norm_bias=True,
+        remat=save_nothing,
+        vocab_size=40,
     ),
 }
 

@@ -1,6 +1,5 @@
 """Scaled dot-product attention, and the one function that chooses how it is computed."""
 
-import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -15,7 +14,7 @@ MASKED = -1e30
 
 
 class Attention(NamedTuple):
-    """How attention is computed, and why: `function(q_BTNH, k_BSKH, v_BSKH, mask_BTS, cap) -> out_BTNH`."""
+    """How attention is computed, and why: `function(q_BTNH, k_BSKH, v_BSKH, mask_BTS, cap, scale) -> out_BTNH`."""
 
     function: Callable[..., jax.Array]
     name: str
@@ -45,16 +44,16 @@ def causal_mask(segments_BT: jax.Array, window: int | None) -> jax.Array:
 
 
 def xla_attention(
-    q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, mask_BTS: jax.Array, cap: float | None
+    q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, mask_BTS: jax.Array, cap: float | None, scale: float
 ) -> jax.Array:
-    """softmax(cap(q k / sqrt(H)) + mask) v, softmax in float32; N / K query heads share a key head.
+    """softmax(cap(scale q k) + mask) v, softmax in float32; N / K query heads share a key head.
 
     The products run over one merged batch axis [B K, G T, H]: on a CPU this is several times faster than
     an einsum over `BTNH`, and keys are never repeated.
     """
     B, T, N, H = q_BTNH.shape
     S, K = k_BSKH.shape[1:3]
-    q = (q_BTNH * (1 / math.sqrt(H))).reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4).reshape(B * K, -1, H)
+    q = (q_BTNH * scale).reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4).reshape(B * K, -1, H)
     k, v = (x.transpose(0, 2, 1, 3).reshape(B * K, S, H) for x in (k_BSKH, v_BSKH))
     scores = jax.lax.dot_general(q, k, (((2,), (2,)), ((0,), (0,))), preferred_element_type=jnp.float32)
     scores = soft_cap(scores, cap).reshape(B, K, N // K, T, S)
@@ -64,10 +63,11 @@ def xla_attention(
 
 
 def cudnn_attention(
-    q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, mask_BTS: jax.Array, cap: float | None
+    q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, mask_BTS: jax.Array, cap: float | None, scale: float
 ) -> jax.Array:
     """The same through cuDNN's fused kernel, without a soft cap."""
-    return jax.nn.dot_product_attention(q_BTNH, k_BSKH, v_BSKH, mask=mask_BTS[:, None], implementation="cudnn")
+    mask = mask_BTS[:, None]
+    return jax.nn.dot_product_attention(q_BTNH, k_BSKH, v_BSKH, mask=mask, scale=scale, implementation="cudnn")
 
 
 def attend(
@@ -78,11 +78,12 @@ def attend(
     v_BSKH: jax.Array,
     mask_BTS: jax.Array,
     cap: float | None,
+    scale: float,
 ) -> jax.Array:
     """Attention on each device's own rows and heads: nothing is exchanged between devices."""
 
     def local(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Array:
-        return attention.function(q, k, v, mask, cap)
+        return attention.function(q, k, v, mask, cap, scale)
 
     if not in_mesh():
         return local(q_BTNH, k_BSKH, v_BSKH, mask_BTS)

@@ -7,11 +7,15 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 
 from epigone.errors import UserError
-from epigone.models.layers import layer_norm, learned, rms_norm, rotary, silu
+from epigone.models.language_model import Specials
+from epigone.models.layers import learned, offset_rms_norm, rms_norm, rotary, silu
+from epigone.models.rope import RopeScaling
+
+DTYPES = ("float32", "bfloat16", "float16")
 
 
 class Sizes(NamedTuple):
-    """Every size by its letter; V counts the rows of the table, padding included."""
+    """Every size by its letter; V counts the rows of the table, padding included; E is 0 without experts."""
 
     L: int
     D: int
@@ -20,6 +24,7 @@ class Sizes(NamedTuple):
     H: int
     F: int
     V: int
+    E: int
 
 
 @dataclass(frozen=True)
@@ -33,23 +38,40 @@ class DecoderConfig:
         heads: query heads.
         kv_heads: key and value heads, a divisor of heads; None for as many as heads.
         head_size: features of a head; None for model_size / heads.
-        ff_size: features of the feed-forward; None for 4 model_size, or 8/3 of it when gated, in multiples of 32.
-        norm: rms_norm or layer_norm.
+        ff_size: features of the feed-forward, or of one expert; None for 4 model_size, or 8/3 of it when gated, in
+            multiples of 32.
+        norm: rms_norm, offset_rms_norm or layer_norm.
         norm_epsilon: added to the variance in every norm.
+        norm_bias: add a bias in every norm.
+        pre_norm: normalise what attention and feed-forward take.
+        post_norm: normalise what attention and feed-forward give, before it is added to the stream.
+        qk_norm: normalise queries and keys of each head.
+        qk_norm_whole: normalise queries and keys over all heads at once (OLMo 2).
         positions: rotary or learned.
         rope_theta: base of the rotary frequencies.
+        rope_fraction: share of a head's features that is rotated: the first ones.
+        rope_scaling: how the frequencies are stretched to longer texts, one of models/rope.py; None for not at all.
+        rope_local_theta: base of unscaled frequencies for the layers that the window binds; None for those of all.
         activation: silu, gelu or exact_gelu.
         gated: multiply the activation by a second projection (SwiGLU, GEGLU).
-        qk_norm: normalise queries and keys of each head.
-        bias: add a bias to every projection, and to layer_norm.
+        qkv_bias: add a bias to queries, keys and values.
+        mix_bias: add a bias to what attention gives.
+        ff_bias: add a bias to the projections of the feed-forward.
+        experts: feed-forwards of a layer, of which each token takes a few; None for one that all take.
+        experts_per_token: experts that a token takes: those with the largest router probabilities.
+        normalise_experts: divide the probabilities of the chosen experts by their sum.
         tied: the output head is the embedding table.
         window: tokens that a token sees, itself included; None for all before it.
+        window_pattern: which layers the window binds, repeated over the layers.
+        attention_scale: factor on the products of queries and keys; None for 1 / sqrt(head_size).
         attention_softcap: bound of the attention scores; None for none.
         logit_softcap: bound of the logits; None for none.
         embedding_scale: factor on the embeddings.
         max_length: longest sequence that the model is made for.
         vocab_multiple: the table's rows are padded to a multiple of this.
-        dtype: type of the computation; parameters and logits are float32.
+        specials: the tokens with a meaning of their own.
+        dtype: type of the computation; logits are float32.
+        weights_dtype: type of the parameters.
         remat: what the backward pass keeps of each layer: save_nothing, save_products, or None for all.
     """
 
@@ -62,36 +84,50 @@ class DecoderConfig:
     ff_size: int | None = None
     norm: Callable[..., Any] = rms_norm
     norm_epsilon: float = 1e-6
+    norm_bias: bool = False
+    pre_norm: bool = True
+    post_norm: bool = False
+    qk_norm: bool = False
+    qk_norm_whole: bool = False
     positions: Callable[..., Any] = rotary
     rope_theta: float = 10000.0
+    rope_fraction: float = 1.0
+    rope_scaling: RopeScaling | None = None
+    rope_local_theta: float | None = None
     activation: Callable[..., Any] = silu
     gated: bool = True
-    qk_norm: bool = False
-    bias: bool = False
+    qkv_bias: bool = False
+    mix_bias: bool = False
+    ff_bias: bool = False
+    experts: int | None = None
+    experts_per_token: int = 2
+    normalise_experts: bool = True
     tied: bool = True
     window: int | None = None
+    window_pattern: tuple[bool, ...] = (True,)
+    attention_scale: float | None = None
     attention_softcap: float | None = None
     logit_softcap: float | None = None
     embedding_scale: float = 1.0
     max_length: int = 512
     vocab_multiple: int = 64
+    specials: Specials = Specials()
     dtype: str = "float32"
+    weights_dtype: str = "float32"
     remat: Callable[..., bool] | None = None
 
     def __post_init__(self) -> None:
-        for name in ("layers", "model_size", "heads", "max_length", "vocab_multiple"):
+        for name in ("layers", "model_size", "heads", "max_length", "vocab_multiple", "experts_per_token"):
             _at_least_one(name, getattr(self, name))
-        for name in ("vocab_size", "kv_heads", "head_size", "ff_size", "window"):
+        for name in ("vocab_size", "kv_heads", "head_size", "ff_size", "window", "experts"):
             if getattr(self, name) is not None:
                 _at_least_one(name, getattr(self, name))
-        if self.heads % (self.kv_heads or self.heads):
-            raise UserError(f"kv_heads {self.kv_heads} does not divide heads {self.heads}")
-        if self.head_size is None and self.model_size % self.heads:
-            raise UserError(f"heads {self.heads} does not divide model_size {self.model_size}: give head_size")
-        if self.positions is rotary and (self.head_size or self.model_size // self.heads) % 2:
-            raise UserError("rotary positions need an even head_size")
-        if self.dtype not in ("float32", "bfloat16", "float16"):
-            raise UserError(f"dtype '{self.dtype}' is not one of float32, bfloat16, float16")
+        _check_heads(self)
+        _check_positions(self)
+        _check_layers(self)
+        for name in ("dtype", "weights_dtype"):
+            if getattr(self, name) not in DTYPES:
+                raise UserError(f"{name} '{getattr(self, name)}' is not one of {', '.join(DTYPES)}")
 
     @property
     def sizes(self) -> Sizes:
@@ -107,7 +143,26 @@ class DecoderConfig:
             H=self.head_size or self.model_size // self.heads,
             F=self.ff_size or (gated_size if self.gated else 4 * self.model_size),
             V=-(-self.vocab_size // self.vocab_multiple) * self.vocab_multiple,
+            E=self.experts or 0,
         )
+
+    @property
+    def windowed_layers(self) -> tuple[bool, ...]:
+        """Which layers the window binds, one entry a layer; all False when there is no window."""
+        pattern = self.window_pattern if self.window is not None else (False,)
+        return (pattern * self.layers)[: self.layers]
+
+    @property
+    def rotated_size(self) -> int:
+        """How many features of a head are rotated."""
+        return int((self.head_size or self.model_size // self.heads) * self.rope_fraction)
+
+    @property
+    def score_scale(self) -> float:
+        """The factor on the products of queries and keys."""
+        if self.attention_scale is not None:
+            return self.attention_scale
+        return (self.head_size or self.model_size // self.heads) ** -0.5
 
     @property
     def compute_dtype(self) -> Any:
@@ -118,6 +173,45 @@ class DecoderConfig:
 def _at_least_one(name: str, value: int) -> None:
     if value < 1:
         raise UserError(f"{name} is {value}: at least 1")
+
+
+def _check_heads(config: DecoderConfig) -> None:
+    if config.heads % (config.kv_heads or config.heads):
+        raise UserError(f"kv_heads {config.kv_heads} does not divide heads {config.heads}")
+    if config.head_size is None and config.model_size % config.heads:
+        raise UserError(f"heads {config.heads} does not divide model_size {config.model_size}: give head_size")
+    if config.qk_norm and config.qk_norm_whole:
+        raise UserError("qk_norm and qk_norm_whole are both on: queries and keys are normalised in one way")
+
+
+def _check_positions(config: DecoderConfig) -> None:
+    if config.positions is learned:
+        for name in ("rope_scaling", "rope_local_theta"):
+            if getattr(config, name) is not None:
+                raise UserError(f"{name} {getattr(config, name)} with learned positions: it is for rotary ones")
+        return
+    size = config.rotated_size
+    if not 0 < config.rope_fraction <= 1 or size < 2 or size % 2:
+        raise UserError(
+            f"rotary positions need an even head_size: rope_fraction {config.rope_fraction} of "
+            f"{config.head_size or config.model_size // config.heads} features rotates {size}"
+        )
+    if config.rope_scaling is not None:
+        config.rope_scaling.frequencies(size, config.rope_theta)
+    if config.rope_local_theta is not None and config.window is None:
+        raise UserError(f"rope_local_theta {config.rope_local_theta} without a window: it is for layers in a window")
+
+
+def _check_layers(config: DecoderConfig) -> None:
+    if not config.window_pattern:
+        raise UserError("window_pattern is empty: give at least one entry, such as (True,)")
+    if config.experts is not None and config.experts_per_token > config.experts:
+        raise UserError(f"experts_per_token {config.experts_per_token} is more than experts {config.experts}")
+    if config.experts is not None and config.ff_bias:
+        raise UserError(f"ff_bias with experts {config.experts}: experts have no biases")
+    special = max((config.specials.pad, config.specials.bos, config.specials.eos, *config.specials.never))
+    if config.vocab_size is not None and special >= config.vocab_size:
+        raise UserError(f"special token {special} lies outside a vocabulary of vocab_size {config.vocab_size}")
 
 
 class Weight(NamedTuple):
@@ -145,40 +239,66 @@ def layer_weights(config: DecoderConfig) -> dict[str, Weight]:
     Matrices start normal with variance 1 / inputs; the two that write to the residual stream are smaller
     by sqrt(2 L), so that the stream's size does not grow with depth (Radford et al. 2019).
     """
+    return _attention_weights(config) | _feed_forward_weights(config) | _layer_norm_weights(config)
+
+
+def _attention_weights(config: DecoderConfig) -> dict[str, Weight]:
     s = config.sizes
-    depth = (2 * s.L) ** -0.5
     weights = {
         "query_LDNH": Weight((s.L, s.D, s.N, s.H), spread=s.D**-0.5),
         "key_LDKH": Weight((s.L, s.D, s.K, s.H), spread=s.D**-0.5),
         "value_LDKH": Weight((s.L, s.D, s.K, s.H), spread=s.D**-0.5),
-        "mix_LNHD": Weight((s.L, s.N, s.H, s.D), spread=(s.N * s.H) ** -0.5 * depth),
-        "up_LDF": Weight((s.L, s.D, s.F), spread=s.D**-0.5),
-        "down_LFD": Weight((s.L, s.F, s.D), spread=s.F**-0.5 * depth),
+        "mix_LNHD": Weight((s.L, s.N, s.H, s.D), spread=(s.N * s.H) ** -0.5 * _shrink(s)),
+    }
+    if config.qkv_bias:
+        weights["query_bias_LNH"] = Weight((s.L, s.N, s.H))
+        weights["key_bias_LKH"] = Weight((s.L, s.K, s.H))
+        weights["value_bias_LKH"] = Weight((s.L, s.K, s.H))
+    if config.mix_bias:
+        weights["mix_bias_LD"] = Weight((s.L, s.D))
+    return weights
+
+
+def _feed_forward_weights(config: DecoderConfig) -> dict[str, Weight]:
+    """With experts each matrix has an axis E behind L, and the router chooses."""
+    s = config.sizes
+    e, E = ("E", (s.E,)) if config.experts else ("", ())
+    weights = {
+        f"up_L{e}DF": Weight((s.L, *E, s.D, s.F), spread=s.D**-0.5),
+        f"down_L{e}FD": Weight((s.L, *E, s.F, s.D), spread=s.F**-0.5 * _shrink(s)),
     }
     if config.gated:
-        weights["gate_LDF"] = Weight((s.L, s.D, s.F), spread=s.D**-0.5)
-    if config.bias:
-        weights |= _biases(weights)
-    for name in ("attention_norm", "ff_norm"):
-        weights |= _norm_weights(config, name, "LD", (s.L, s.D))
+        weights[f"gate_L{e}DF"] = Weight((s.L, *E, s.D, s.F), spread=s.D**-0.5)
+    if config.experts:
+        weights["router_LDE"] = Weight((s.L, s.D, s.E), spread=s.D**-0.5)
+    if config.ff_bias:
+        weights |= {"up_bias_LF": Weight((s.L, s.F)), "down_bias_LD": Weight((s.L, s.D))}
+        weights |= {"gate_bias_LF": Weight((s.L, s.F))} if config.gated else {}
+    return weights
+
+
+def _shrink(s: Sizes) -> float:
+    return (2 * s.L) ** -0.5
+
+
+def _layer_norm_weights(config: DecoderConfig) -> dict[str, Weight]:
+    s = config.sizes
+    weights: dict[str, Weight] = {}
+    for on, end in ((config.pre_norm, "norm"), (config.post_norm, "post_norm")):
+        for part in ("attention", "ff") if on else ():
+            weights |= _norm_weights(config, f"{part}_{end}", "LD", (s.L, s.D))
     if config.qk_norm:
         for name in ("query_norm", "key_norm"):
             weights |= _norm_weights(config, name, "LH", (s.L, s.H))
+    if config.qk_norm_whole:
+        weights |= _norm_weights(config, "query_norm", "LNH", (s.L, s.N, s.H))
+        weights |= _norm_weights(config, "key_norm", "LKH", (s.L, s.K, s.H))
     return weights
 
 
 def _norm_weights(config: DecoderConfig, name: str, letters: str, shape: tuple[int, ...]) -> dict[str, Weight]:
-    weights = {f"{name}_scale_{letters}": Weight(shape, constant=1.0)}
-    if config.bias and config.norm is layer_norm:
+    start = 0.0 if config.norm is offset_rms_norm else 1.0
+    weights = {f"{name}_scale_{letters}": Weight(shape, constant=start)}
+    if config.norm_bias:
         weights[f"{name}_bias_{letters}"] = Weight(shape)
     return weights
-
-
-def _biases(matrices: dict[str, Weight]) -> dict[str, Weight]:
-    inputs = {"mix_LNHD": 2}
-    biases = {}
-    for name, weight in matrices.items():
-        word, letters = name.split("_")
-        taken = 1 + inputs.get(name, 1)
-        biases[f"{word}_bias_L{letters[taken:]}"] = Weight((weight.shape[0], *weight.shape[taken:]))
-    return biases

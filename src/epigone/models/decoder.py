@@ -1,8 +1,8 @@
 """One decoder-only transformer; its families are fields of DecoderConfig.
 
 Letters of the shape suffixes, everywhere in Epigone: B batch, T time, S source time, D model features,
-N query heads, K key and value heads, H head features, F feed-forward features, V vocabulary, L layers,
-C chunk, M samples or top-k entries.
+N query heads, K key and value heads, H head features, F feed-forward features, E experts, V vocabulary,
+L layers, C chunk, M samples or top-k entries.
 
     params = init(config, seed)                                  # nnx.State, cut over the mesh that is set
     logits_BTV = apply(config, params, tokens, positions, segments)
@@ -13,7 +13,7 @@ Inside a step of one's own: `model = nnx.merge(structure(config), params)`, `hid
 
 import zlib
 from collections.abc import Callable
-from functools import cache, partial
+from functools import cache, partial, reduce
 from math import prod
 from typing import Any
 
@@ -25,7 +25,7 @@ from jaxtyping import Array, Float, Int
 from epigone.errors import UserError
 from epigone.models.attention import attend, causal_mask, choose_attention
 from epigone.models.config import DecoderConfig, Weight, layer_weights, outer_weights
-from epigone.models.language_model import BOS, PAD
+from epigone.models.experts import mixture
 from epigone.models.layers import Angles, learned, rotate, soft_cap
 from epigone.models.sharding import Sharding, check, named, out, placed, suffix
 
@@ -42,8 +42,8 @@ class Decoder(nnx.Module):
     def __init__(self, config: DecoderConfig, key: jax.Array, sharding: Sharding = Sharding()) -> None:
         self.config = config
         self.sharding = sharding
-        self.outer = nnx.Dict({n: _parameter(key, n, w, sharding) for n, w in outer_weights(config).items()})
-        self.layers = nnx.Dict({n: _parameter(key, n, w, sharding) for n, w in layer_weights(config).items()})
+        self.outer = _parameters(config, key, outer_weights(config), sharding)
+        self.layers = _parameters(config, key, layer_weights(config), sharding)
 
     def __call__(
         self, tokens_BT: Int[Array, "B T"], positions_BT: Int[Array, "B T"], segments_BT: Int[Array, "B T"]
@@ -56,25 +56,40 @@ class Decoder(nnx.Module):
         rows = (placed(x, sharding.activation("BT")) for x in (tokens_BT, positions_BT, segments_BT))
         tokens_BT, positions_BT, segments_BT = rows
         choice = choose_attention(config.sizes.H, config.dtype, config.attention_softcap)
-        mask_BTS = causal_mask(segments_BT, config.window)
-        angles = config.positions(positions_BT, config.sizes.H, config.rope_theta)
+        mask_BTS, bound_BTS = (causal_mask(segments_BT, window) for window in (None, config.window))
+        angles, bound_angles = self.angles(positions_BT)
+        bound, choose = by_layer(config, (mask_BTS, angles), (bound_BTS, bound_angles))
 
-        def mix(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, None]:
-            return attend(choice, sharding, q, k, v, mask_BTS, config.attention_softcap), None
+        def layer(x_BTD: jax.Array, slices: tuple[Weights, jax.Array | None]) -> tuple[jax.Array, None]:
+            weights, bound = slices
+            mask_BTS, angles = choose(bound)
 
-        def layer(x_BTD: jax.Array, weights: Weights) -> tuple[jax.Array, None]:
+            def mix(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, None]:
+                cap, scale = config.attention_softcap, config.score_scale
+                return attend(choice, sharding, q, k, v, mask_BTS, cap, scale), None
+
             return block(config, sharding, weights, x_BTD, angles, mix)
 
         if config.remat is not None:
             layer = jax.checkpoint(layer, policy=config.remat, prevent_cse=False)
-        x_BTD, _ = jax.lax.scan(layer, self.embed(tokens_BT, positions_BT), arrays(self.layers))
+        x_BTD, _ = jax.lax.scan(layer, self.embed(tokens_BT, positions_BT), (arrays(self.layers), bound))
         return self.finish(x_BTD)
+
+    def angles(self, positions_BT: jax.Array) -> tuple[Angles | None, Angles | None]:
+        """Rotations for the layers that the window does not bind, and for those that it does; None for none.
+
+        They are one object where the two kinds of layer do not differ.
+        """
+        config = self.config
+        size, theta = config.rotated_size, config.rope_local_theta
+        angles = config.positions(positions_BT, size, config.rope_theta, config.rope_scaling)
+        return angles, angles if theta is None else config.positions(positions_BT, size, theta, None)
 
     def embed(self, tokens_BT: jax.Array, positions_BT: jax.Array) -> jax.Array:
         """The residual stream before the first layer [B, T, D]."""
         config, hidden = self.config, out(self.sharding.activation("BTD"))
         table_VD = placed(self.outer["embedding_VD"][...], self.sharding.gathered("VD"))
-        x_BTD = table_VD.at[tokens_BT].get(out_sharding=hidden)
+        x_BTD = table_VD.at[tokens_BT].get(out_sharding=hidden).astype(config.compute_dtype)
         x_BTD = x_BTD * config.embedding_scale
         if config.positions is learned:
             if tokens_BT.shape[1] > config.max_length:
@@ -83,8 +98,8 @@ class Decoder(nnx.Module):
                     f"{config.max_length}: shorten the sequences or raise max_length"
                 )
             table_TD = placed(self.outer["position_TD"][...], self.sharding.gathered("TD"))
-            x_BTD = x_BTD + table_TD.at[positions_BT].get(out_sharding=hidden)
-        return x_BTD.astype(config.compute_dtype)
+            x_BTD = x_BTD + table_TD.at[positions_BT].get(out_sharding=hidden).astype(config.compute_dtype)
+        return x_BTD
 
     def finish(self, x_BTD: jax.Array) -> jax.Array:
         """The final norm."""
@@ -96,7 +111,7 @@ class Decoder(nnx.Module):
         return self.outer["embedding_VD" if self.config.tied else "head_VD"][...]
 
     def logits(self, hidden_BTD: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
-        """float32 logits over the true vocabulary; pad and bos are at -1e9, padded rows are cut off.
+        """float32 logits over the true vocabulary; what is never predicted is at -1e9, padded rows are cut off.
 
         On a mesh V stays cut over its axis where no rows are padded, and is gathered where some are.
         """
@@ -110,37 +125,72 @@ class Decoder(nnx.Module):
 
 
 def never_predicted(config: DecoderConfig, sharding: Sharding, logits_BTV: jax.Array) -> jax.Array:
-    """Cut off the padded rows, and put pad and bos at -1e9."""
+    """Cut off the padded rows, and put the ids of `specials.never` at -1e9."""
     V = config.vocab_size
     if logits_BTV.shape[-1] != V:
         logits_BTV = placed(logits_BTV, sharding.activation("BT_"))[..., :V]
-    special_V = (jnp.arange(V) == PAD) | (jnp.arange(V) == BOS)
-    return jnp.where(special_V, NEVER, logits_BTV)
+    if not config.specials.never:
+        return logits_BTV
+    never_V = reduce(jnp.logical_or, [jnp.arange(V) == token for token in config.specials.never])
+    return jnp.where(never_V, NEVER, logits_BTV)
+
+
+def by_layer(config: DecoderConfig, unbound: Any, bound: Any) -> tuple[jax.Array | None, Callable[[Any], Any]]:
+    """For a scan over layers: which ones the window binds [L], and the choice between two trees by one entry of it.
+
+    Where all layers are of one kind there is nothing to choose, and the entries are None.
+    """
+    kinds = config.windowed_layers
+    if len(set(kinds)) == 1:
+        return None, lambda _: bound if kinds[0] else unbound
+
+    def choose(windowed: jax.Array) -> Any:
+        return jax.tree.map(lambda b, u: b if b is u else jnp.where(windowed, b, u), bound, unbound)
+
+    return jnp.array(kinds), choose
 
 
 def block(
     config: DecoderConfig, sharding: Sharding, weights: Weights, x_BTD: jax.Array, angles: Angles | None, mix: Attend
 ) -> tuple[jax.Array, Any]:
-    """One layer: x + attention(norm(x)), then x + feed-forward(norm(x)).
+    """One layer: x + attention(norm(x)), then x + feed-forward(norm(x)); or the norm behind them, or on both sides.
 
     `mix` maps queries, keys and values to what each query takes, and to anything the caller wants to keep,
     such as a cache; `weights` are those of one layer, still under their stacked names.
     """
-    project = partial(_project, config, sharding, weights)
-    norm = partial(_norm, config, sharding, weights)
-    h_BTD = norm("attention_norm", "LD", x_BTD)
-    q, k, v = (project(h_BTD, name, "btd,dnh->btnh") for name in ("query_LDNH", "key_LDKH", "value_LDKH"))
+
+    def pre(name: str, x_BTD: jax.Array) -> jax.Array:
+        return _norm(config, sharding, weights, f"{name}_norm", "LD", x_BTD) if config.pre_norm else x_BTD
+
+    def post(name: str, x_BTD: jax.Array) -> jax.Array:
+        return _norm(config, sharding, weights, f"{name}_post_norm", "LD", x_BTD) if config.post_norm else x_BTD
+
+    mixed_BTNH, kept = mix(*_queries_keys_values(config, sharding, weights, pre("attention", x_BTD), angles))
+    x_BTD = x_BTD + post("attention", _project(config, sharding, weights, mixed_BTNH, "mix_LNHD", "btnh,nhd->btd"))
+    feed = mixture if config.experts else _feed_forward
+    return x_BTD + post("ff", feed(config, sharding, weights, pre("ff", x_BTD))), kept
+
+
+def _queries_keys_values(
+    config: DecoderConfig, sharding: Sharding, weights: Weights, x_BTD: jax.Array, angles: Angles | None
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    project, norm = partial(_project, config, sharding, weights), partial(_norm, config, sharding, weights)
+    q, k, v = (project(x_BTD, name, "btd,dnh->btnh") for name in ("query_LDNH", "key_LDKH", "value_LDKH"))
     if config.qk_norm:
         q, k = norm("query_norm", "LH", q), norm("key_norm", "LH", k)
-    mixed_BTNH, kept = mix(rotate(q, angles), rotate(k, angles), v)
-    x_BTD = x_BTD + project(mixed_BTNH, "mix_LNHD", "btnh,nhd->btd")
-    h_BTD = norm("ff_norm", "LD", x_BTD)
-    up_BTF = project(h_BTD, "up_LDF", "btd,df->btf")
+    if config.qk_norm_whole:
+        q, k = norm("query_norm", "LNH", q), norm("key_norm", "LKH", k)
+    return rotate(q, angles), rotate(k, angles), v
+
+
+def _feed_forward(config: DecoderConfig, sharding: Sharding, weights: Weights, x_BTD: jax.Array) -> jax.Array:
+    project = partial(_project, config, sharding, weights)
+    up_BTF = project(x_BTD, "up_LDF", "btd,df->btf")
     if config.gated:
-        up_BTF = config.activation(project(h_BTD, "gate_LDF", "btd,df->btf")) * up_BTF
+        up_BTF = config.activation(project(x_BTD, "gate_LDF", "btd,df->btf")) * up_BTF
     else:
         up_BTF = config.activation(up_BTF)
-    return x_BTD + project(up_BTF, "down_LFD", "btf,fd->btd"), kept
+    return project(up_BTF, "down_LFD", "btf,fd->btd")
 
 
 def _project(
@@ -150,19 +200,16 @@ def _project(
     taken = 3 if formula.startswith("btnh") else 2
     weight = placed(weights[name].astype(config.compute_dtype), sharding.gathered(letters[1:]))
     y = jnp.einsum(formula, x, weight, out_sharding=out(sharding.activation("BT" + letters[taken:])))
-    if not config.bias:
-        return y
-    bias = weights[f"{word}_bias_L{letters[taken:]}"].astype(config.compute_dtype)
-    return y + placed(bias, sharding.gathered(letters[taken:]))
+    bias = weights.get(f"{word}_bias_L{letters[taken:]}")
+    return y if bias is None else y + placed(bias.astype(config.compute_dtype), sharding.gathered(letters[taken:]))
 
 
 def _norm(
     config: DecoderConfig, sharding: Sharding, weights: Weights, name: str, letters: str, x: jax.Array
 ) -> jax.Array:
-    scale = placed(weights[f"{name}_scale_{letters}"], sharding.gathered(letters[-1]))
-    bias = weights.get(f"{name}_bias_{letters}")
-    bias = None if bias is None else placed(bias, sharding.gathered(letters[-1]))
-    return config.norm(x, scale, bias, config.norm_epsilon)
+    spec = sharding.gathered(letters.removeprefix("L"))
+    scale, bias = weights[f"{name}_scale_{letters}"], weights.get(f"{name}_bias_{letters}")
+    return config.norm(x, placed(scale, spec), None if bias is None else placed(bias, spec), config.norm_epsilon)
 
 
 def arrays(group: nnx.Dict) -> Weights:
@@ -170,13 +217,17 @@ def arrays(group: nnx.Dict) -> Weights:
     return {name: variable[...] for name, variable in group.items()}
 
 
-def _parameter(key: jax.Array, name: str, weight: Weight, sharding: Sharding) -> nnx.Param:
-    """The key is folded with the name, so that a new parameter does not change the others."""
-    cut = out(sharding.weight(suffix(name)))
-    if not weight.spread:
-        return nnx.Param(jnp.full(weight.shape, weight.constant, jnp.float32, out_sharding=cut))
-    key = jax.random.fold_in(key, zlib.crc32(name.encode()))
-    return nnx.Param(weight.spread * jax.random.normal(key, weight.shape, jnp.float32, out_sharding=cut))
+def _parameters(config: DecoderConfig, key: jax.Array, weights: dict[str, Weight], sharding: Sharding) -> nnx.Dict:
+    """The key is folded with each name, so that a new parameter does not change the others."""
+    parameters = {}
+    for name, weight in weights.items():
+        cut, own = out(sharding.weight(suffix(name))), jax.random.fold_in(key, zlib.crc32(name.encode()))
+        if weight.spread:
+            initial = weight.spread * jax.random.normal(own, weight.shape, jnp.float32, out_sharding=cut)
+        else:
+            initial = jnp.full(weight.shape, weight.constant, jnp.float32, out_sharding=cut)
+        parameters[name] = nnx.Param(initial.astype(config.weights_dtype))
+    return nnx.Dict(parameters)
 
 
 def _initial(config: DecoderConfig, key: jax.Array, sharding: Sharding) -> nnx.State:
@@ -242,11 +293,21 @@ def parameter_count(config: DecoderConfig) -> int:
 def flops_per_token(config: DecoderConfig, length: int, training: bool) -> int:
     """Floating-point operations of the matrix products for one token of a full sequence of `length`.
 
-    2 x (weights of the products, output head included) + 4 N H x (mean context, itself included) in each
-    layer; three times that in training (forward, and two products backward). Recomputation is not counted.
+    2 x (weights of the products that a token takes part in, output head included) + 4 N H x (mean context, itself
+    included) in each layer; three times that in training (forward, and two products backward). Recomputation is not
+    counted.
     """
     s = config.sizes
-    matrices = s.L * (s.D * (2 * s.N + 2 * s.K) * s.H + (3 if config.gated else 2) * s.D * s.F) + s.V * s.D
-    context = sum(min(t, config.window or length) for t in range(1, length + 1)) / length
-    forward = 2 * matrices + 4 * s.L * s.N * s.H * context
+    feed = (3 if config.gated else 2) * s.D * s.F
+    feed = feed * config.experts_per_token + s.D * s.E if config.experts else feed
+    matrices = s.L * (s.D * (2 * s.N + 2 * s.K) * s.H + feed) + s.V * s.D
+    windows = [config.window if bound else length for bound in config.windowed_layers]
+    context = sum(_mean_context(length, window) for window in windows)
+    forward = 2 * matrices + 4 * s.N * s.H * context
     return round(forward * (3 if training else 1))
+
+
+def _mean_context(length: int, window: int | None) -> float:
+    """The mean of min(t, window) over t = 1 .. length."""
+    near = min(length, window or length)
+    return (near * (near + 1) / 2 + (length - near) * near) / length

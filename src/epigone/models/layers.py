@@ -5,24 +5,39 @@ A DecoderConfig holds these functions themselves. A new family adds a function o
 
 import jax
 import jax.numpy as jnp
-import numpy as np
+
+from epigone.models.rope import LongRopeScaling, RopeScaling, frequencies
 
 Angles = tuple[jax.Array, jax.Array]
 
 
 def rms_norm(x: jax.Array, scale: jax.Array, bias: jax.Array | None, epsilon: float) -> jax.Array:
-    """x / sqrt(mean(x^2) + epsilon) * scale [+ bias], over the last axis, in float32 (Zhang & Sennrich 2019)."""
-    x_float = x.astype(jnp.float32)
-    normed = x_float * jax.lax.rsqrt(jnp.mean(x_float**2, axis=-1, keepdims=True) + epsilon)
-    return _affine(normed, scale, bias).astype(x.dtype)
+    """x / sqrt(mean(x^2) + epsilon) * scale [+ bias], over the axes that scale has, in float32.
+
+    Source: Zhang & Sennrich 2019.
+    """
+    return _affine(_root_mean_square(x, scale.ndim, epsilon), scale, bias).astype(x.dtype)
+
+
+def offset_rms_norm(x: jax.Array, scale: jax.Array, bias: jax.Array | None, epsilon: float) -> jax.Array:
+    """rms_norm with 1 + scale in place of scale, which starts at 0 (Gemma)."""
+    return _affine(_root_mean_square(x, scale.ndim, epsilon), 1.0 + scale.astype(jnp.float32), bias).astype(x.dtype)
 
 
 def layer_norm(x: jax.Array, scale: jax.Array, bias: jax.Array | None, epsilon: float) -> jax.Array:
-    """(x - mean) / sqrt(var + epsilon) * scale [+ bias], over the last axis, in float32 (Ba et al. 2016)."""
+    """(x - mean) / sqrt(var + epsilon) * scale [+ bias], over the axes that scale has, in float32 (Ba et al. 2016)."""
     x_float = x.astype(jnp.float32)
-    centred = x_float - jnp.mean(x_float, axis=-1, keepdims=True)
-    normed = centred * jax.lax.rsqrt(jnp.mean(centred**2, axis=-1, keepdims=True) + epsilon)
-    return _affine(normed, scale, bias).astype(x.dtype)
+    centred = x_float - jnp.mean(x_float, axis=_last(scale.ndim), keepdims=True)
+    return _affine(_root_mean_square(centred, scale.ndim, epsilon), scale, bias).astype(x.dtype)
+
+
+def _root_mean_square(x: jax.Array, axes: int, epsilon: float) -> jax.Array:
+    x_float = x.astype(jnp.float32)
+    return x_float * jax.lax.rsqrt(jnp.mean(x_float**2, axis=_last(axes), keepdims=True) + epsilon)
+
+
+def _last(axes: int) -> tuple[int, ...]:
+    return tuple(range(-axes, 0))
 
 
 def _affine(x: jax.Array, scale: jax.Array, bias: jax.Array | None) -> jax.Array:
@@ -44,25 +59,41 @@ def exact_gelu(x: jax.Array) -> jax.Array:
     return jax.nn.gelu(x, approximate=False)
 
 
-def rotary(positions_BT: jax.Array, head_size: int, theta: float) -> Angles:
-    """Cosines and sines [B, T, head_size / 2] of position * theta^(-2i / head_size) (Su et al. 2021)."""
-    frequencies = theta ** (-np.arange(0, head_size, 2, dtype=np.float32) / head_size)
-    angles = positions_BT[..., None].astype(jnp.float32) * frequencies
-    return jnp.cos(angles), jnp.sin(angles)
+def rotary(positions_BT: jax.Array, size: int, theta: float, scaling: RopeScaling | None = None) -> Angles:
+    """Factor times cosines and sines [B, T, size / 2] of position * theta^(-2i / size) (Su et al. 2021), or as scaled.
+
+    With LongRopeScaling a row takes the long factors when its largest position is beyond the original length.
+    """
+    if scaling is None:
+        inverse, factor = frequencies(size, theta), 1.0
+    else:
+        inverse, factor = scaling.frequencies(size, theta)
+    if isinstance(scaling, LongRopeScaling):
+        long, _ = scaling.frequencies(size, theta, long=True)
+        far_B = jnp.max(positions_BT, axis=1) >= scaling.original_max_length
+        inverse = jnp.where(far_B[:, None, None], long, inverse)
+    angles = positions_BT[..., None].astype(jnp.float32) * inverse
+    cos, sin = jnp.cos(angles), jnp.sin(angles)
+    return (cos, sin) if factor == 1.0 else (factor * cos, factor * sin)
 
 
-def learned(positions_BT: jax.Array, head_size: int, theta: float) -> None:
+def learned(positions_BT: jax.Array, size: int, theta: float, scaling: RopeScaling | None = None) -> None:
     """No rotation: a decoder with this choice adds a row of a trained table to each embedding instead."""
 
 
 def rotate(x_BTNH: jax.Array, angles: Angles | None) -> jax.Array:
-    """Rotate feature i with feature i + H/2 by the angles, in float32; None leaves x as it is."""
+    """Rotate feature i with feature i + R/2 by the angles [B, T, R/2], in float32; features behind R stay as they are.
+
+    None leaves all of x as it is.
+    """
     if angles is None:
         return x_BTNH
     cos, sin = (a[:, :, None, :] for a in angles)
-    first, second = jnp.split(x_BTNH.astype(jnp.float32), 2, axis=-1)
-    turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
-    return turned.astype(x_BTNH.dtype)
+    half = cos.shape[-1]
+    x_float = x_BTNH.astype(jnp.float32)
+    first, second, rest = x_float[..., :half], x_float[..., half : 2 * half], x_BTNH[..., 2 * half :]
+    turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x_BTNH.dtype)
+    return jnp.concatenate([turned, rest], axis=-1) if rest.shape[-1] else turned
 
 
 def soft_cap(x: jax.Array, cap: float | None) -> jax.Array:
