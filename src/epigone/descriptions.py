@@ -1,0 +1,157 @@
+"""What a node is and where it comes from, in words: its lesson, its lineage as a tree, and its numbers."""
+
+import json
+import re
+from collections.abc import Mapping
+from functools import partial
+from pathlib import PurePath
+from typing import Any, NamedTuple
+
+from epigone.identity import canonical
+from epigone.lessons.objective import Objective
+from epigone.lineage import Lesson, Text, Written
+
+DEPTH = 6
+"""Levels of the lineage that the card draws; what lies further back is counted."""
+
+Record = Mapping[str, Any]
+
+
+class Line(NamedTuple):
+    """One line of a card's table."""
+
+    what: str
+    value: str
+
+
+def lesson_in_words(lesson: Lesson, seed: int) -> list[Line]:
+    """Text, objective, temperature, start and length of a lesson, each in a few words."""
+    if lesson.source:
+        return [Line("Start", f"weights of {file_name(lesson.source.path)} (digest {lesson.source.digest}), unchanged")]
+    texts = [
+        f"text written by {text.by} ({text.tokens} tokens, temperature {text.temperature:g})"
+        if isinstance(text, Written)
+        else f"split {text.split} of {corpus_name(text)}"
+        + ("" if text.tokens is None else f", {text.tokens} tokens of it")
+        for text in lesson.text
+    ]
+    shares = "" if lesson.weights is None else f", in shares of {' : '.join(f'{w:g}' for w in lesson.weights)}"
+    lines = [Line("Text", "; ".join(texts) + shares), Line("Objective", _objective(lesson))]
+    start = f"the weights of {lesson.start_from}" if lesson.start_from else "fresh random weights"
+    how = f", by {json.dumps(canonical(lesson.inherit))}" if lesson.inherit else ""
+    lines.append(Line("Start", f"{start}{how}; seed {seed}"))
+    training = lesson.training
+    if training is not None:
+        amount = f"{training.steps} steps of {training.batch_size} rows of {training.sequence_length} tokens"
+        lines.append(Line("Length", f"{amount}, learning rate {training.optimizer.learning_rate:g}"))
+    return lines
+
+
+def _objective(lesson: Lesson) -> str:
+    objective = lesson.objective
+    if not isinstance(objective, Objective):
+        return "counting, no gradient" if objective is None else type(objective).__name__
+    text = "cross-entropy with the text"
+    if not objective.needs_teacher:
+        return f"{text}, no teacher"
+    temperature = f"temperature {objective.temperature:g}"
+    if objective.temperature != 1 and objective.temperature_squared:
+        temperature += ", times temperature squared"
+    divergence = f"{_called(objective.divergence)} to {lesson.teacher} at {temperature}"
+    share = objective.hard_weight
+    return f"{1 - share:g} x ({divergence}) + {share:g} x {text}" if share else divergence
+
+
+def _called(function: Any) -> str:
+    """The name of a function in words, with the arguments that are bound to it."""
+    if isinstance(function, partial):
+        bound = ", ".join(f"{name} {value}" for name, value in function.keywords.items())
+        return f"{_called(function.func)} ({bound})"
+    words = str(getattr(function, "__name__", function)).split("_")
+    return " ".join(word.upper() if word in ("kl", "js", "jsd") else word for word in words)
+
+
+def corpus_name(text: Text) -> str:
+    fields = ("name", "pattern", "text")
+    return next((file_name(str(getattr(text.corpus, f))) for f in fields if hasattr(text.corpus, f)), "a corpus")
+
+
+def lineage_tree(key: str, records: Mapping[str, Record | None]) -> list[str]:
+    """The lineage as lines, from the node to its roots; a node that was drawn before is not drawn again."""
+    drawn: set[str] = set()
+
+    def below(key: str, indent: str, depth: int) -> list[str]:
+        record = records.get(key)
+        parents = record["parents"] if record else []
+        if depth == DEPTH and parents:
+            return [f"{indent}└─ ... and the {len(records.keys() - drawn)} ancestors before"]
+        lines = []
+        for place, parent in enumerate(parents):
+            last = place == len(parents) - 1
+            again = parent["key"] in drawn
+            drawn.add(parent["key"])
+            what = "as above" if again else _described(records[parent["key"]])
+            name = f"{parent['key']} [{parent['identity'][:8]}]"
+            lines.append(f"{indent}{'└─' if last else '├─'} {parent['role']}: {name} {what}")
+            if not again:
+                lines += below(parent["key"], indent + ("   " if last else "│  "), depth + 1)
+        return lines
+
+    drawn.add(key)
+    own = records[key]
+    assert own is not None
+    lines = [f"{key} [{own['identity'][:8]}] {_described(own)} <- this model", *below(key, "", 1)]
+    return [one_line(line).replace("`", "'") for line in lines]
+
+
+def _described(record: Record | None) -> str:
+    if record is None:
+        return "(its record is gone: unknown)"
+    if record.get("source"):
+        what = f"imported from {file_name(record['source']['path'])}"
+    else:
+        names = dict.fromkeys(file_name(card["name"]) for card in record["data"] if "parents" not in card)
+        what = f"{record['kind']}, read {', '.join(names) or 'no real text'}"
+    return f"({what}; {count(record['parameters'])} parameters)"
+
+
+def count(value: int) -> str:
+    """A number of parameters in three digits: 812, 1.35 M, 70.1 B."""
+    for size, letter in ((10**9, "B"), (10**6, "M"), (10**3, "K")):
+        if value >= size:
+            return f"{value / size:.3g} {letter}"
+    return str(value)
+
+
+def number(value: Any) -> str:
+    """A measure in four digits; what was not measured is said so, and a record's "inf" stays a word."""
+    if value is None:
+        return "not measured"
+    return f"{value:,}" if isinstance(value, int) else f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def plain(value: Any) -> str:
+    """Text from outside inside Markdown: one line, in which nothing is markup."""
+    text = one_line(str(value)).replace("&", "&amp;").replace("<", "&lt;")
+    return re.sub(r"([\\|`*\[\]])", r"\\\1", text)
+
+
+def one_line(value: Any) -> Any:
+    """Without line breaks and without characters that cannot be printed, which YAML refuses."""
+    if isinstance(value, list):
+        return [one_line(item) for item in value]
+    return " ".join("".join(c if c.isprintable() else " " for c in value).split())
+
+
+def file_name(name: str) -> str:
+    """A path by its last part: where a file lay on one machine is nobody's business."""
+    return (PurePath(name).name or name) if name.startswith(("/", "~", ".")) or ("/" in name and "*" in name) else name
+
+
+def without_places(value: Any) -> Any:
+    """A config whose absolute paths are only names."""
+    if isinstance(value, dict):
+        return {key: without_places(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [without_places(item) for item in value]
+    return file_name(value) if isinstance(value, str) else value

@@ -1,0 +1,156 @@
+"""`epigone export NODE --to FOLDER`: a folder that transformers loads, with a model card; whole or not at all."""
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import tyro
+
+from epigone import __version__
+from epigone.errors import UserError
+from epigone.model_card import model_card
+from epigone.models.language_model import Specials
+from epigone.opened import OpenedNode, open_node
+
+MANIFEST = "epigone.json"
+"""Says of which node a folder is an export, and what was in its files."""
+
+DTYPES = ("float32", "bfloat16")
+
+
+@dataclass(frozen=True)
+class Export:
+    """Write a node as a Hugging Face folder, with a model card.
+
+    Attributes:
+        node: the node, as in student@1, or RUN/student@1.
+        to: the folder; made if absent. An older export of the same node in it is replaced.
+        run: the run directory; by default the one below runs/ that has the node.
+        dtype: float32 or bfloat16; by default the type of the node's own weights.
+        shard_size: the largest size of a file of weights, in megabytes.
+    """
+
+    node: tyro.conf.Positional[str]
+    to: Path
+    run: Path | None = None
+    dtype: str | None = None
+    shard_size: int = 5000
+
+
+def export_node(given: Export) -> None:
+    """Export, and say how to use it."""
+    opened = open_node(given.node, given.run)
+    files = export(opened, given.to, dtype=given.dtype, shard_bytes=given.shard_size * 10**6)
+    print(f"{opened.node.key} in {given.to}: {', '.join(sorted(files))}")
+    print(f"try: python -c \"from transformers import pipeline; print(pipeline(model={str(given.to)!r})('The'))\"")
+
+
+def export(opened: OpenedNode, to: Path, *, dtype: str | None = None, shard_bytes: int = 5 * 10**9) -> dict[str, str]:
+    """Write config, weights, tokenizer, generation config and model card; the SHA-256 of each file by its name.
+
+    transformers computes from it the logits that Epigone computes, but for the ids that Epigone never predicts.
+    The folder appears in one rename: an export that fails or is killed leaves what was there before.
+
+    Raises:
+        UserError: the node counts words; no family of transformers has its architecture; the folder holds
+            something else than an export of this node, or an export that was changed since.
+    """
+    from epigone.models.config import DecoderConfig
+
+    if not isinstance(opened.node.model, DecoderConfig):
+        raise UserError(f"'{opened.node.key}' counts words, and transformers has no such model: export a decoder")
+    if dtype not in (None, *DTYPES):
+        raise UserError(f"dtype '{dtype}' is not one of {', '.join(DTYPES)}")
+    if shard_bytes < 1:
+        raise UserError(f"shard_size {shard_bytes // 10**6}: at least 1 megabyte")
+    _check_free(to, opened)
+    with _whole(to) as folder:
+        _write(opened, folder, dtype, shard_bytes)
+        files = {path.name: _sha256(path) for path in sorted(folder.iterdir())}
+        said = {"node": opened.node.key, "identity": opened.record["identity"], "epigone": __version__, "files": files}
+        (folder / MANIFEST).write_text(json.dumps(said, indent=1))
+        _check_free(to, opened)
+    return files
+
+
+def _write(opened: OpenedNode, folder: Path, dtype: str | None, shard_bytes: int) -> None:
+    """Every file but the manifest."""
+    from epigone.models.huggingface import write_config
+    from epigone.models.streaming import save_weights
+
+    model: Any = opened.model
+    config = replace(model.config, weights_dtype=dtype or model.config.weights_dtype)
+    described = write_config(config)
+    save_weights(folder, config, model.params, shard_bytes=shard_bytes)
+    opened.tokenizer.export(folder)
+    _write_json(folder / "config.json", described | _ids(config.specials) | {"torch_dtype": config.weights_dtype})
+    _write_json(folder / "generation_config.json", generation_config(config.specials))
+    (folder / "README.md").write_text(model_card(opened, described["model_type"], config.weights_dtype), "utf-8")
+
+
+def generation_config(specials: Specials) -> dict[str, Any]:
+    """What transformers' `generate` reads: where texts begin and end, and the ids that are never drawn."""
+    ends = [specials.eos, *specials.stops]
+    suppressed = {"suppress_tokens": list(specials.never)} if specials.never else {}
+    return _ids(specials) | {"eos_token_id": ends if specials.stops else specials.eos} | suppressed
+
+
+def _ids(specials: Specials) -> dict[str, int]:
+    return {"bos_token_id": specials.bos, "eos_token_id": specials.eos, "pad_token_id": specials.pad}
+
+
+def _write_json(path: Path, value: dict[str, Any]) -> None:
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", "utf-8")
+
+
+def _check_free(to: Path, opened: OpenedNode) -> None:
+    """Refuse a place where something would be lost."""
+    advice = "name an empty folder or a new one"
+    if not to.exists() or (to.is_dir() and not any(to.iterdir())):
+        return
+    if not to.is_dir():
+        raise UserError(f"'{to}' is a file: {advice}")
+    try:
+        said = json.loads((to / MANIFEST).read_text())
+        node, identity, files = said["node"], said["identity"], dict(said["files"])
+    except (OSError, ValueError, KeyError, TypeError):
+        raise UserError(f"'{to}' has files that are no export: {advice}") from None
+    if (node, identity) != (opened.node.key, opened.record["identity"]):
+        raise UserError(f"'{to}' has an export of another node, '{node}' ({identity}): {advice}")
+    for path in sorted(to.iterdir()):
+        if path.name != MANIFEST and (not path.is_file() or files.get(path.name) != _sha256(path)):
+            raise UserError(f"'{path}' was added or changed since the export: move it away, or {advice}")
+
+
+@contextlib.contextmanager
+def _whole(to: Path) -> Iterator[Path]:
+    """A folder beside `to` that takes its place when all went well, and is gone when not."""
+    to = to.resolve()
+    partial, before = (to.parent / f".{to.name}.{os.getpid()}.{end}" for end in ("partial", "before"))
+    to.parent.mkdir(parents=True, exist_ok=True)
+    partial.mkdir()
+    try:
+        yield partial
+        try:
+            if to.exists():
+                to.rename(before)
+            partial.rename(to)
+        except BaseException:
+            if before.exists() and not to.exists():
+                before.rename(to)
+            raise
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+        if to.exists():
+            shutil.rmtree(before, ignore_errors=True)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
