@@ -2,8 +2,10 @@
 
 The ring is indexed by decoding step, not by a row's own position: at step t every row writes column t mod S, in
 place and with no scatter, and sees the columns written since its own document began. So a row may start a new
-document at any step, at no cost.
+document at any step, at no cost, and a prompt that has been read is laid into the columns just before step t.
 """
+
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +13,7 @@ from jax.sharding import PartitionSpec as P
 
 from epigone.models.attention import MASKED, causal_mask, choose_attention
 from epigone.models.attention import attend as full_attention
-from epigone.models.decoder import Decoder, Weights, arrays, block
+from epigone.models.decoder import Decoder, Weights, arrays, block, by_layer
 from epigone.models.layers import soft_cap
 from epigone.models.sharding import Sharding, in_mesh, out, placed
 
@@ -22,8 +24,11 @@ with two, the compiler would copy the ring at every step."""
 
 def ring_sharding(sharding: Sharding) -> P:
     """Rings are cut over the axes of the batch and of the key heads; each device holds its own rows and heads."""
-    cut = [(axes,) if isinstance(axes, str) else axes or () for axes in (sharding.B, sharding.K)]
-    return P((*cut[0], *cut[1]) or None)
+    return P((*_axes(sharding.B), *_axes(sharding.K)) or None)
+
+
+def _axes(axes: str | tuple[str, ...] | None) -> tuple[str, ...]:
+    return (axes,) if isinstance(axes, str) else axes or ()
 
 
 def empty_rings(model: Decoder, rows: int, columns: int) -> list[Ring]:
@@ -37,20 +42,33 @@ def empty_rings(model: Decoder, rows: int, columns: int) -> list[Ring]:
 def prefill(
     model: Decoder, columns: int, tokens_BT: jax.Array, positions_BT: jax.Array, segments_BT: jax.Array
 ) -> list[Ring]:
-    """Rings with T tokens read, in columns 0 to T - 1. Rows are padded on the left, with segment 0."""
+    """Rings with T tokens read, in columns 0 to T - 1. Rows may be padded on either side, with segment 0."""
+    sharding = model.sharding
+    keys, values = read_all(model, tokens_BT, positions_BT, segments_BT)
+    return [(_ring(sharding, k, columns), _ring(sharding, v, columns)) for k, v in zip(keys, values, strict=True)]
+
+
+def read_all(
+    model: Decoder, tokens_BT: jax.Array, positions_BT: jax.Array, segments_BT: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Keys and values [L, B, T, K, H] of whole rows, as in the forward pass."""
     config, sharding = model.config, model.sharding
     choice = choose_attention(config.sizes.H, config.dtype, config.attention_softcap)
-    mask_BTS = causal_mask(segments_BT, config.window)
-    angles = config.positions(positions_BT, config.sizes.H, config.rope_theta)
+    mask_BTS, bound_BTS = (causal_mask(segments_BT, window) for window in (None, config.window))
+    angles, bound_angles = model.angles(positions_BT)
+    bound, choose = by_layer(config, (mask_BTS, angles), (bound_BTS, bound_angles))
 
-    def mix(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, Ring]:
-        return full_attention(choice, sharding, q, k, v, mask_BTS, config.attention_softcap), (k, v)
+    def layer(x_BTD: jax.Array, slices: tuple[Weights, jax.Array | None]) -> tuple[jax.Array, Ring]:
+        weights, bound = slices
+        mask_BTS, angles = choose(bound)
 
-    def layer(x_BTD: jax.Array, weights: Weights) -> tuple[jax.Array, Ring]:
+        def mix(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, Ring]:
+            cap, scale = config.attention_softcap, config.score_scale
+            return full_attention(choice, sharding, q, k, v, mask_BTS, cap, scale), (k, v)
+
         return block(config, sharding, weights, x_BTD, angles, mix)
 
-    _, kept = jax.lax.scan(layer, model.embed(tokens_BT, positions_BT), arrays(model.layers))
-    return [(_ring(sharding, k, columns), _ring(sharding, v, columns)) for k, v in zip(kept[0], kept[1], strict=True)]
+    return jax.lax.scan(layer, model.embed(tokens_BT, positions_BT), (arrays(model.layers), bound))[1]
 
 
 def _ring(sharding: Sharding, x_BTKH: jax.Array, columns: int) -> jax.Array:
@@ -67,8 +85,16 @@ def _ring(sharding: Sharding, x_BTKH: jax.Array, columns: int) -> jax.Array:
 
 
 def unstacked(model: Decoder) -> list[Weights]:
-    """The weights of each layer. Sliced once, before the loop, they are not copied at every step."""
-    return [{name: w[i] for name, w in arrays(model.layers).items()} for i in range(model.config.layers)]
+    """The weights of each layer, matrices in the type of the computation.
+
+    Sliced and converted once, before the loop, they are not copied at every step.
+    """
+    ready = {name: _ready(model, name, w) for name, w in arrays(model.layers).items()}
+    return [{name: w[i] for name, w in ready.items()} for i in range(model.config.layers)]
+
+
+def _ready(model: Decoder, name: str, weight: jax.Array) -> jax.Array:
+    return weight if "norm" in name else weight.astype(model.config.compute_dtype)
 
 
 def read_one(
@@ -81,35 +107,40 @@ def read_one(
 ) -> tuple[jax.Array, list[Ring]]:
     """Logits [B, V] after one more token in each row, which is written into column `step` mod S.
 
-    A row at position p sees itself and the p columns before.
+    A row at position p sees itself and the p columns before, or those of them that lie in a layer's window.
     """
     config, sharding = model.config, model.sharding
     columns = rings[0][0].shape[1]
     column = step % columns
     age_S = (column - jnp.arange(columns)) % columns
-    seen = jnp.minimum(position_B, (config.window or columns) - 1)
-    mask_BS = placed(age_S[None, :] <= seen[:, None], sharding.activation("BS"))
+
+    def seen(window: int | None) -> jax.Array:
+        last_B = jnp.minimum(position_B, (window or columns) - 1)
+        return placed(age_S[None, :] <= last_B[:, None], sharding.activation("BS"))
+
     one = sharding.activation("BT")
     tokens_B1, positions_B1 = (placed(x[:, None], one) for x in (token_B, position_B))
-    angles = config.positions(positions_B1, config.sizes.H, config.rope_theta)
-    x_B1D = model.embed(tokens_B1, positions_B1)
-    written = []
-    for weights, ring in zip(layers, rings, strict=True):
-        x_B1D, ring = block(config, sharding, weights, x_B1D, angles, _ring_mix(model, ring, column, mask_BS))
+    masks, angles = (seen(None), seen(config.window)), model.angles(positions_B1)
+    x_B1D, written = model.embed(tokens_B1, positions_B1), []
+    for weights, ring, bound in zip(layers, rings, config.windowed_layers, strict=True):
+        mix = _ring_mix(model, ring, column, masks[bound])
+        x_B1D, ring = block(config, sharding, weights, x_B1D, angles[bound], mix)
         written.append(ring)
     return model.logits(model.finish(x_B1D))[:, 0], written
 
 
-def _ring_mix(model: Decoder, ring: Ring, column: jax.Array, mask_BS: jax.Array):
+def _ring_mix(
+    model: Decoder, ring: Ring, column: jax.Array, mask_BS: jax.Array
+) -> Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, Ring]]:
     """Attention of one query a row over the ring, after its own key and value are written into it."""
-    sharding, cap = model.sharding, model.config.attention_softcap
+    sharding, cap, scale = model.sharding, model.config.attention_softcap, model.config.score_scale
 
     def local(q, k, v, keys, values, mask, column):
         B, _, N, H = q.shape
         K, S = k.shape[2], keys.shape[1]
         keys = jax.lax.dynamic_update_slice_in_dim(keys, k.reshape(B * K, 1, H), column, axis=1)
         values = jax.lax.dynamic_update_slice_in_dim(values, v.reshape(B * K, 1, H), column, axis=1)
-        q = (q * H**-0.5).reshape(B * K, N // K, H)
+        q = (q * scale).reshape(B * K, N // K, H)
         scores = jax.lax.dot_general(q, keys, (((2,), (2,)), ((0,), (0,))), preferred_element_type=jnp.float32)
         scores = jnp.where(mask[:, None, None], soft_cap(scores, cap).reshape(B, K, N // K, S), MASKED)
         weights = jax.nn.softmax(scores, axis=-1).astype(values.dtype).reshape(B * K, N // K, S)
