@@ -4,6 +4,7 @@ from report.synthetic_run import key, quickstart, record, write_run
 from scipy import stats
 
 from epigone.report.records import load_run
+from epigone.report.sections import verdict
 from epigone.report.summaries import comparisons, generation_series, paired_interval, spread
 
 
@@ -42,19 +43,33 @@ def test_one_seed_has_no_interval(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("students", "controls", "verdict"),
+    ("students", "controls", "expected_verdict"),
     [
         ([60.0, 61.0, 62.0], [70.0, 71.5, 71.0], "better"),
         ([70.0, 71.5, 71.0], [60.0, 61.0, 62.0], "worse"),
         ([60.0, 72.0, 66.0], [66.0, 65.0, 67.0], "tie"),
     ],
 )
-def test_verdict(tmp_path, students, controls, verdict):
+def test_verdict(tmp_path, students, controls, expected_verdict):
     (one,) = _compared(tmp_path, students, controls)
     expected = stats.ttest_rel(students, controls).confidence_interval(0.95)
     assert (one.low, one.high) == pytest.approx((expected.low, expected.high))
-    assert one.verdict == verdict
+    assert one.verdict == expected_verdict
     assert [teacher.key for teacher in one.teachers] == ["teacher@0"]
+
+
+def test_the_gap_to_the_teacher_is_closed_in_nats(tmp_path):
+    (one,) = _compared(tmp_path, [60.0, 55.0], [70.0, 80.0])  # the teacher's perplexity is 50
+    expected = [np.log(70 / 60) / np.log(70 / 50), np.log(80 / 55) / np.log(80 / 50)]
+    assert (one.gap_closed.low, one.gap_closed.high) == pytest.approx((min(expected), max(expected)))
+    assert one.gap_closed.mean == pytest.approx(np.mean(expected))
+    assert f"; {np.mean(expected):.0%} ({min(expected):.0%} to {max(expected):.0%}) of the gap" in verdict(one)
+
+
+def test_there_is_no_gap_to_a_teacher_that_is_worse(tmp_path):
+    (one,) = _compared(tmp_path, [60.0], [45.0])
+    assert one.gap_closed is None
+    assert "gap" not in verdict(one)
 
 
 def test_pairs_need_both_sides_and_finite_values(tmp_path):

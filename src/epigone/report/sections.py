@@ -53,7 +53,19 @@ def _comparison_headline(one: Comparison) -> Headline:
 
 
 def verdict(one: Comparison) -> str:
-    """A comparison in words, with its interval and the number of seeds."""
+    """A comparison in words, with its interval, the number of seeds, and how near to the teacher the student comes."""
+    return _difference(one) + _gap(one)
+
+
+def _gap(one: Comparison) -> str:
+    gap = one.gap_closed
+    if gap is None:
+        return ""
+    between = f" ({gap.low:.0%} to {gap.high:.0%})" if gap.count > 1 else ""
+    return f"; {gap.mean:.0%}{between} of the gap to the teacher is closed, in nats per token"
+
+
+def _difference(one: Comparison) -> str:
     if one.low is None or one.high is None:
         return "one seed: no interval, no verdict"
     interval = f"95 % interval {_signed(one.low)} to {_signed(one.high)}, {len(one.pairs)} seeds"

@@ -71,6 +71,19 @@ class Comparison:
             return "tie"
         return "better" if self.high < 0.0 else "worse"
 
+    @property
+    def gap_closed(self) -> Spread | None:
+        """Share of the way from the control to the teacher that the student goes, in nats per token, over seeds.
+
+        (ln control - ln student) / (ln control - ln teacher) of the perplexities: 0 is the control, 1 the teacher.
+        None without one teacher that is better than every control.
+        """
+        perplexities = [finite(teacher.metric("perplexity")) for teacher in self.teachers]
+        aim = perplexities[0] if len(perplexities) == 1 else None
+        if aim is None or not all(aim < control for _, _, control in self.pairs):
+            return None
+        return spread(math.log(theirs / ours) / math.log(theirs / aim) for _, ours, theirs in self.pairs)
+
 
 def spread(values: Iterable[float | None]) -> Spread | None:
     """The spread of those values that are there; None if none is."""

@@ -83,6 +83,7 @@ def _comparison(one: Comparison) -> dict[str, Any]:
         "difference": one.difference,
         "interval_95": None if one.low is None else [one.low, one.high],
         "verdict": one.verdict,
+        "gap_closed": asdict(one.gap_closed) if one.gap_closed else None,
     }
 
 
