@@ -64,15 +64,13 @@ def rotary(positions_BT: jax.Array, size: int, theta: float, scaling: RopeScalin
 
     With LongRopeScaling a row takes the long factors when its largest position is beyond the original length.
     """
-    if scaling is None:
-        inverse, factor = frequencies(size, theta), 1.0
-    else:
-        inverse, factor = scaling.frequencies(size, theta)
+    inverse, factor = scaling.frequencies(size, theta) if scaling else (frequencies(size, theta), 1.0)
     if isinstance(scaling, LongRopeScaling):
         long, _ = scaling.frequencies(size, theta, long=True)
-        far_B = jnp.max(positions_BT, axis=1) >= scaling.original_max_length
-        inverse = jnp.where(far_B[:, None, None], long, inverse)
-    angles = positions_BT[..., None].astype(jnp.float32) * inverse
+        far_B11 = jnp.max(positions_BT, axis=1)[:, None, None] >= scaling.original_max_length
+        angles = positions_BT[..., None].astype(jnp.float32) * jnp.where(far_B11, long, inverse)
+    else:
+        angles = positions_BT[..., None].astype(jnp.float32) * inverse
     cos, sin = jnp.cos(angles), jnp.sin(angles)
     return (cos, sin) if factor == 1.0 else (factor * cos, factor * sin)
 
