@@ -23,6 +23,8 @@ __all__ = [
     "evaluate_text",
     "evaluation_contexts",
     "predictions",
+    "text_metrics",
+    "top_metrics",
 ]
 
 
@@ -46,7 +48,12 @@ def evaluate_model(
         (ends included), `impossible` (share of events of probability 0), `nats_per_possible_token` if there are such
         events, and the above.
     """
-    text = quality.likelihood(model, documents)
+    metrics = text_metrics(quality.likelihood(model, documents), byte_counts)
+    return metrics if contexts is None else metrics | top_metrics(calibration.top_predictions(model, contexts))
+
+
+def text_metrics(text: quality.Likelihood, byte_counts: Sequence[int] | None = None) -> dict[str, float]:
+    """The part of `evaluate_model` that follows from the scores of the documents."""
     metrics = {
         "nats_per_token": quality.nats_per_token(text),
         "nats_per_token_error": quality.nats_per_token_error(text),
@@ -58,15 +65,17 @@ def evaluate_model(
         metrics["nats_per_possible_token"] = quality.possible_nats_per_token(text)
     if byte_counts is not None:
         metrics["bits_per_byte"] = quality.bits_per_byte(text, byte_counts)
-    if contexts is not None:
-        top = calibration.top_predictions(model, contexts)
-        metrics |= {
-            "ece": calibration.expected_calibration_error(top),
-            "ece_adaptive": calibration.expected_calibration_error(top, adaptive=True),
-            "accuracy": float(top.correct_M.mean()),
-            "confidence": float(top.confidence_M.mean()),
-        }
     return _present(metrics)
+
+
+def top_metrics(top: calibration.TopPredictions) -> dict[str, float]:
+    """The part of `evaluate_model` that follows from the model's first choices."""
+    return {
+        "ece": calibration.expected_calibration_error(top),
+        "ece_adaptive": calibration.expected_calibration_error(top, adaptive=True),
+        "accuracy": float(top.correct_M.mean()),
+        "confidence": float(top.confidence_M.mean()),
+    }
 
 
 def evaluate_text(

@@ -27,19 +27,35 @@ def compare_models(student: LanguageModel, teacher: LanguageModel, prefixes: Seq
     Raises:
         UserError: the vocabularies differ.
     """
-    sums: dict[str, float] = {}
-    first_S, first_P = [], []
+    comparison = Comparison()
     for scores_S, scores_P in score_contexts([student, teacher], prefixes):
-        first_S.append(scores_S.argmax(axis=1))
-        first_P.append(scores_P.argmax(axis=1))
+        comparison.add(scores_S, scores_P)
+    return comparison.means()
+
+
+class Comparison:
+    """What `compare_models` says, from the two models' normalised log-scores, chunk by chunk."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, float] = {}
+        self._first_S: list[np.ndarray] = []
+        self._first_P: list[np.ndarray] = []
+
+    def add(self, scores_S: np.ndarray, scores_P: np.ndarray) -> None:
+        """Take in the scores [M, V] of the student and of the teacher at M places."""
+        self._first_S.append(scores_S.argmax(axis=1))
+        self._first_P.append(scores_P.argmax(axis=1))
         values = divergences(scores_P, scores_S) | {"top5": top_overlap(scores_S, scores_P, 5)}
         for name, value_M in values.items():
-            sums[name] = sums.get(name, 0.0) + float(value_M.sum())
-    chosen_S, chosen_P = np.concatenate(first_S), np.concatenate(first_P)
-    means = {name: total / len(prefixes) for name, total in sums.items()}
-    means["top1"] = float(np.mean(chosen_S == chosen_P))
-    kappa = chance_corrected(chosen_S, chosen_P)
-    return means if kappa is None else means | {"top1_kappa": kappa}
+            self._sums[name] = self._sums.get(name, 0.0) + float(value_M.sum())
+
+    def means(self) -> dict[str, float]:
+        """Every measure over all places so far."""
+        chosen_S, chosen_P = np.concatenate(self._first_S), np.concatenate(self._first_P)
+        means = {name: total / len(chosen_S) for name, total in self._sums.items()}
+        means["top1"] = float(np.mean(chosen_S == chosen_P))
+        kappa = chance_corrected(chosen_S, chosen_P)
+        return means if kappa is None else means | {"top1_kappa": kappa}
 
 
 def divergences(teacher_MV: np.ndarray, student_MV: np.ndarray) -> dict[str, np.ndarray]:

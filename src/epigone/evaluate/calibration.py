@@ -34,11 +34,14 @@ class Bin:
 
 def top_predictions(model: LanguageModel, contexts: Contexts) -> TopPredictions:
     """The model's most probable token at every place (the lowest id among equals), its probability, and the outcome."""
-    confidence, chosen = [], []
-    for (scores_MV,) in score_contexts([model], contexts.prefixes):
-        chosen.append(scores_MV.argmax(axis=1))
-        confidence.append(np.exp(scores_MV.max(axis=1)))
-    return TopPredictions(np.concatenate(confidence), np.concatenate(chosen) == contexts.targets_M)
+    chunks = [first_choices(scores_MV) for (scores_MV,) in score_contexts([model], contexts.prefixes)]
+    confidence_M, chosen_M = (np.concatenate(parts) for parts in zip(*chunks, strict=True))
+    return TopPredictions(confidence_M, chosen_M == contexts.targets_M)
+
+
+def first_choices(scores_MV: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Probability [M] and id [M] of the most probable token of each row of log-scores."""
+    return np.exp(scores_MV.max(axis=1)), scores_MV.argmax(axis=1)
 
 
 def reliability_table(top: TopPredictions, bins: int = 15, *, adaptive: bool = False) -> list[Bin]:

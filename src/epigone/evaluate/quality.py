@@ -87,19 +87,45 @@ def perplexity(text: Likelihood) -> float:
 
 
 def nats_per_token_error(text: Likelihood) -> float:
-    """Standard error of the nats per token over documents as the independent units.
+    """Standard error of the nats per token, with documents as the independent units (`ratio_error`).
 
-    The estimate is a ratio of sums, R = sum y_i / sum n_i, so its error is that of the linearised ratio:
-    sqrt(m/(m-1) sum (y_i - R n_i)^2) / sum n_i over m documents (Cochran, Sampling Techniques, 1977, chapter 6).
-    Tokens within a document are not independent; the naive error over tokens would be too small.
-    nan for fewer than two documents or an infinite estimate. The error of the perplexity is perplexity * this.
+    Tokens within a document are not independent; the naive error over tokens would be too small. nan for fewer than
+    two documents or an infinite estimate. The error of the perplexity is perplexity * this.
     """
-    m = len(text.nats_M)
-    rate = nats_per_token(text)
-    if m < 2 or not np.isfinite(rate):
+    return ratio_error(text.nats_M, text.events_M) if np.isfinite(nats_per_token(text)) else float("nan")
+
+
+def ratio_error(cost_M: np.ndarray, size_M: np.ndarray) -> float:
+    """Standard error of R = sum y_i / sum n_i over m documents.
+
+    That of the linearised ratio: sqrt(m/(m-1) sum (y_i - R n_i)^2) / sum n_i (Cochran, Sampling Techniques, 1977,
+    chapter 6). nan for fewer than two documents.
+    """
+    m = len(cost_M)
+    if m < 2:
         return float("nan")
-    residuals = text.nats_M - rate * text.events_M
-    return float(np.sqrt(m / (m - 1) * np.sum(residuals**2)) / text.events_M.sum())
+    residuals_M = cost_M - cost_M.sum() / size_M.sum() * size_M
+    return float(np.sqrt(m / (m - 1) * np.sum(residuals_M**2)) / size_M.sum())
+
+
+def paired_difference(first: Likelihood, second: Likelihood, size_M: np.ndarray) -> tuple[float, float]:
+    """How much more nats the first model pays than the second for a unit of the same documents, and its error.
+
+    The difference is taken document by document before its error, so what makes a document hard for both models is no
+    part of that: it is mostly far below the errors of the two.
+
+    Args:
+        first: scores of the documents under one model.
+        second: under the other, which may cut the same texts into other tokens.
+        size_M: what is counted of each document: its events, where both models have the same, or its bytes.
+
+    Returns:
+        difference and standard error (`ratio_error`); nan where an event is impossible under either model.
+    """
+    if first.impossible_M.any() or second.impossible_M.any():
+        return float("nan"), float("nan")
+    gap_M, size_M = first.nats_M - second.nats_M, np.asarray(size_M, np.float64)
+    return float(gap_M.sum() / size_M.sum()), ratio_error(gap_M, size_M)
 
 
 def bits_per_byte(text: Likelihood, byte_counts: Sequence[int]) -> float:
