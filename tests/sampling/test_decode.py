@@ -76,7 +76,7 @@ def test_written_documents_do_not_depend_on_slots_and_are_samples_of_an_empty_pr
 def test_what_is_written_fits_the_model_and_is_scored_in_one_window():
     documents = model().write(300, 0, max_length=99)
     assert max(len(d) for d in documents) == LLAMA.max_length - 1
-    assert len(windows_of(documents, LLAMA.max_length)) == len(documents)
+    assert len(windows_of(documents, LLAMA.max_length, LLAMA.specials)) == len(documents)
 
 
 @pytest.mark.parametrize("tokens", [1, 37, 500])
@@ -153,7 +153,7 @@ def test_log_probs_and_next_log_probs_equal_the_full_forward_pass():
 
 def test_long_documents_are_scored_once_with_half_a_window_of_context():
     documents = [np.arange(3, 3 + n, dtype=np.int32) for n in (15, 16, 50)]
-    windows = windows_of(documents, 16)
+    windows = windows_of(documents, 16, LLAMA.specials)
     for index, document in enumerate(documents):
         mine = [w for w in windows if w.document == index]
         scored = np.concatenate([w.targets[len(w.targets) - w.scored :] for w in mine])
@@ -167,14 +167,15 @@ def test_long_documents_are_scored_once_with_half_a_window_of_context():
 
 
 def test_finished_rows_end_the_loop_early():
-    certain = spread_params(LLAMA)
-    switch, knobs = loop.switches(loop.Knobs()), loop.Knobs()
-    numbers = np.full((4, 32), BOS, np.int32), np.ones(4, np.int32), np.array([3, 0, 2, 5], np.int32)
+    prepared = loop.prepare(LLAMA, loop.Sharding(), spread_params(LLAMA))
+    state = loop.start_empty(LLAMA, loop.Sharding(), 4, 96, prepared.params, 0)
     index = np.arange(4, dtype=np.int32)
-    state = loop.start_prompts(LLAMA, loop.Sharding(), 96, certain, *numbers, index * 0, index)
-    state, drawn = loop.decode(LLAMA, loop.Sharding(), 64, switch, certain, state, jax.random.key(0), knobs, 0)
-    steps = int(state.step) - 31
-    assert steps == (np.asarray(drawn.samples_CB) >= 0).any(axis=1).sum() <= 5
+    numbers = np.full((4, 1), BOS, np.int32), index * 0 + 1, np.array([3, 0, 2, 5], np.int32)
+    state = loop.refill(LLAMA, loop.Sharding(), prepared, state, loop.Texts(index, *numbers, index * 0, index))
+    key, knobs = jax.random.key(0), loop.Knobs()
+    switch, until = loop.switches(knobs), loop.Until(64, 4)
+    state, drawn = loop.decode(LLAMA, loop.Sharding(), 64, switch, prepared, state, key, knobs, until)
+    assert int(state.step) == (np.asarray(drawn.samples_CB) >= 0).any(axis=1).sum() <= 5
     assert not np.asarray(state.live_B).any()
     assert (np.asarray(drawn.samples_CB)[:, 1] == loop.IDLE).all()
 

@@ -9,10 +9,12 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 from jax.sharding import PartitionSpec as P
 
 from epigone.models.attention import MASKED, causal_mask, choose_attention
 from epigone.models.attention import attend as full_attention
+from epigone.models.config import DecoderConfig
 from epigone.models.decoder import Decoder, Weights, arrays, block, by_layer
 from epigone.models.layers import soft_cap
 from epigone.models.sharding import Sharding, in_mesh, out, placed
@@ -84,17 +86,58 @@ def _ring(sharding: Sharding, x_BTKH: jax.Array, columns: int) -> jax.Array:
     return cut(x_BTKH)
 
 
-def unstacked(model: Decoder) -> list[Weights]:
-    """The weights of each layer, matrices in the type of the computation.
+def lay(
+    model: Decoder, rings: list[Ring], keys: jax.Array, values: jax.Array, slot_R: jax.Array, first: jax.Array
+) -> list[Ring]:
+    """The rings, in which R rows hold what `read_all` found for them, in columns first, first + 1, ... mod S.
 
-    Sliced and converted once, before the loop, they are not copied at every step.
+    Whatever these rows held before is gone. `slot_R` says which rows they are; one that is named twice is the same
+    both times. Keys and values are [L, R, T, K, H] with T at most S.
     """
-    ready = {name: _ready(model, name, w) for name, w in arrays(model.layers).items()}
-    return [{name: w[i] for name, w in ready.items()} for i in range(model.config.layers)]
+    sharding, columns = model.sharding, rings[0][0].shape[1]
+    whole = P(None, None, None, sharding.K, None)
+
+    def local(ring: jax.Array, new_RTKH: jax.Array, slot_R: jax.Array, first: jax.Array) -> jax.Array:
+        R, T, K, H = new_RTKH.shape
+        rows = ring.shape[0] // K
+        begin = _index(_axes(sharding.B)) * rows
+        padded = jnp.pad(new_RTKH.transpose(0, 2, 1, 3), ((0, 0), (0, 0), (0, columns - T), (0, 0)))
+        turned = jnp.roll(padded, first % columns, axis=2)
+
+        def put(r: jax.Array, ring: jax.Array) -> jax.Array:
+            row = slot_R[r] - begin
+            at = (jnp.clip(row, 0, rows - 1) * K, 0, 0)
+            old = jax.lax.dynamic_slice(ring, at, (K, columns, H))
+            new = jnp.where((row >= 0) & (row < rows), turned[r], old)
+            return jax.lax.dynamic_update_slice(ring, new, at)
+
+        return jax.lax.fori_loop(0, R, put, ring)
+
+    run, cut = local, ring_sharding(sharding)
+    if in_mesh():
+        keys, values = placed(keys, whole), placed(values, whole)
+        run = jax.shard_map(local, in_specs=(cut, P(*whole[1:]), P(), P()), out_specs=cut)
+    laid = [
+        [run(ring, new, slot_R, first) for ring, new in zip(pair, news, strict=True)]
+        for pair, news in zip(rings, zip(keys, values, strict=True), strict=True)
+    ]
+    return [(k, v) for k, v in laid]
 
 
-def _ready(model: Decoder, name: str, weight: jax.Array) -> jax.Array:
-    return weight if "norm" in name else weight.astype(model.config.compute_dtype)
+def _index(axes: tuple[str, ...]) -> jax.Array | int:
+    """Which part of an array that is cut over these axes is on this device; 0 when no mesh is set."""
+    return jax.lax.axis_index(axes) if in_mesh() and axes else 0
+
+
+def ready(config: DecoderConfig, group: nnx.Dict) -> Weights:
+    """The arrays of a group of parameters, matrices in the type of the computation."""
+    return {n: w if "norm" in n else w.astype(config.compute_dtype) for n, w in arrays(group).items()}
+
+
+def unstacked(model: Decoder) -> list[Weights]:
+    """The weights of each layer. Sliced and converted once, before the loop, they are not copied at every step."""
+    weights = ready(model.config, model.layers)
+    return [{name: w[i] for name, w in weights.items()} for i in range(model.config.layers)]
 
 
 def read_one(

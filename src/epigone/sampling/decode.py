@@ -4,6 +4,7 @@ Everything is compiled once for each config and shape bucket; models of one conf
 """
 
 from collections.abc import Iterator, Sequence
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import jax
@@ -12,19 +13,20 @@ from flax import nnx
 
 from epigone.errors import UserError
 from epigone.models.config import DecoderConfig
-from epigone.models.language_model import EOS, MAX_LENGTH, Document
+from epigone.models.language_model import MAX_LENGTH, Document, Specials
 from epigone.models.sharding import Sharding, batch_parts
-from epigone.sampling.loop import IDLE, Drawn, Knobs, decode, start_empty, start_prompts, switches
-from epigone.sampling.scores import aligned, bucket, next_scores, windows_of, windows_scores
+from epigone.sampling.loop import IDLE, Drawn, Knobs, Prepared, Until, decode, prepare, start_empty, switches
+from epigone.sampling.scores import bucket, next_scores, windows_of, windows_scores
+from epigone.sampling.slots import CHUNK, Piece, Work, pieces, round_up
 
 SLOTS = 128
-"""Documents that are written side by side."""
-CHUNK = 512
-"""Steps between two looks of the host at what was drawn."""
+"""Texts that are written side by side."""
+STREAMED = 8
+"""Tokens of a text between two looks at it, where it is shown while it grows."""
 
 
 class Sample(NamedTuple):
-    """A continuation: its tokens, eos included if it was drawn, and the natural-log probability of each.
+    """A continuation: its tokens, an end of text included if it was drawn, and the natural-log probability of each.
 
     The probabilities are the model's own: before temperature, top-k and top-p.
     """
@@ -46,47 +48,26 @@ def sample(
     top_p: float = 1.0,
     slots: int = SLOTS,
     sharding: Sharding = Sharding(),
+    prepared: Prepared | None = None,
 ) -> list[list[Sample]]:
-    """Continue bos + each prompt `samples` times, by up to `length` tokens, until eos or the model's max_length.
+    """Continue bos + each prompt `samples` times, by up to `length` tokens, until eos, a stop or the max_length.
 
     Sample j of prompt i depends on the prompt and on (seed, i, j) alone, not on the other rows or on `slots`,
-    up to float32 rounding. Raises UserError for a prompt that leaves no room for a token.
+    up to float32 rounding. `prepared` are the same parameters as `loop.prepare` gives them, if they are at hand.
+    Raises UserError for a prompt that leaves no room for a token.
     """
-    longest = max((len(prompt) for prompt in prompts), default=0)
-    if longest >= config.max_length:
-        raise UserError(f"a prompt has {longest} tokens, and the model's max_length is {config.max_length}: shorten it")
-    knobs = Knobs(temperature, top_k, top_p)
-    switch = switches(knobs)
-    rows = [(i, j) for i in range(len(prompts)) for j in range(samples)]
-    B, steps = _round_up(slots, batch_parts(sharding)), bucket(length)
-    T = min(bucket(longest + 1), config.max_length)
-    drawn: list[Sample] = []
-    for start in range(0, len(rows), B):
-        part = rows[start : start + B]
-        placed = _prompt_rows(config, [prompts[i] for i, _ in part], np.array(part, np.int32), B, T, length)
-        state = start_prompts(config, sharding, T + steps, params, *placed)
-        _, record = decode(config, sharding, steps, switch, params, state, jax.random.key(seed), knobs, 0)
-        drawn += _rows_drawn(jax.device_get(record), len(part))
-    return [drawn[i * samples : (i + 1) * samples] for i in range(len(prompts))]
+    work, knobs = Work(prompts, samples, length, slots), Knobs(temperature, top_k, top_p)
+    grown: list[list[list[Piece]]] = [[[] for _ in range(samples)] for _ in prompts]
+    for piece in pieces(config, sharding, prepared or prepare(config, sharding, params), work, seed, knobs):
+        grown[piece.prompt][piece.sample].append(piece)
+    return [[_joined(parts) for parts in row] for row in grown]
 
 
-def _prompt_rows(
-    config: DecoderConfig, prompts: list[Document], indices_M2: np.ndarray, B: int, T: int, length: int
-) -> tuple[np.ndarray, ...]:
-    """Tokens, lengths with bos, limits, prompt and sample indices of B rows; those beyond the prompts stay idle."""
-    idle = B - len(prompts)
-    tokens_BT, lengths_B = aligned([*prompts, *[np.zeros(0, np.int32)] * idle], T, right=True)
-    limit_B = np.minimum(lengths_B - 1 + length, config.max_length)
-    limit_B[len(prompts) :] = 0
-    prompt_B, sample_B = np.pad(indices_M2, ((0, idle), (0, 0))).T
-    return tokens_BT, lengths_B, limit_B.astype(np.int32), prompt_B, sample_B
-
-
-def _rows_drawn(record: Drawn, count: int) -> list[Sample]:
-    """What each of the first rows drew."""
-    used_CB = np.asarray(record.samples_CB) != IDLE
-    tokens_CB, log_probs_CB = np.asarray(record.tokens_CB), np.asarray(record.log_probs_CB)
-    return [Sample(tokens_CB[used_CB[:, b], b], log_probs_CB[used_CB[:, b], b]) for b in range(count)]
+def _joined(parts: list[Piece]) -> Sample:
+    """The pieces of one text; of most there is one."""
+    empty = Piece(0, 0, np.zeros(0, np.int32), np.zeros(0, np.float32))
+    tokens, log_probs = (np.concatenate(arrays) for arrays in list(zip(empty, *parts, strict=True))[2:])
+    return Sample(tokens, log_probs)
 
 
 class DecoderLanguageModel:
@@ -105,7 +86,7 @@ class DecoderLanguageModel:
         token is scored where it has the most context.
         """
         scores = [np.zeros(len(document) + 1, np.float32) for document in documents]
-        windows = windows_of(documents, self.config.max_length)
+        windows = windows_of(documents, self.config.max_length, self.specials)
         for window, values in windows_scores(self.config, self.sharding, self.params, windows):
             scores[window.document][window.first :][: window.scored] = values
         return scores
@@ -134,7 +115,7 @@ class DecoderLanguageModel:
             return []
         limit = max(1, min(max_length, self.config.max_length - 1))
         records = list(self._records(tokens, seed, Knobs(temperature, top_k, top_p), limit))
-        documents = _documents(records)
+        documents = _documents(self.specials, records)
         counts = np.cumsum([len(document) + 1 for document in documents])
         return documents[: int(np.searchsorted(counts, tokens)) + 1]
 
@@ -149,30 +130,66 @@ class DecoderLanguageModel:
         top_k: int = 0,
         top_p: float = 1.0,
     ) -> list[list[Document]]:
-        """`samples` continuations of bos + each prompt, each until eos (not included) or `length` tokens."""
-        slots = min(self.slots, 1 << max(0, len(prompts) * samples - 1).bit_length())
+        """`samples` continuations of bos + each prompt, each until an end (not included) or `length` tokens."""
         knobs: dict[str, Any] = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
-        sizes: dict[str, Any] = {"samples": samples, "length": length, "slots": slots, "sharding": self.sharding}
-        found = sample(self.config, self.params, prompts, seed, **sizes, **knobs)
-        return [[_without_eos(one.tokens) for one in row] for row in found]
+        sizes: dict[str, Any] = {"samples": samples, "length": length, "slots": self._slots(len(prompts) * samples)}
+        placed: dict[str, Any] = {"sharding": self.sharding, "prepared": self._prepared}
+        found = sample(self.config, self.params, prompts, seed, **sizes, **knobs, **placed)
+        return [[_without_end(self.specials, one.tokens) for one in row] for row in found]
+
+    def stream(
+        self,
+        prompts: Sequence[Document],
+        seed: int,
+        *,
+        samples: int = 1,
+        length: int = 64,
+        temperature: float = 1.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+    ) -> Iterator[tuple[int, int, Document]]:
+        """The texts of `sample` while they grow: index of the prompt, index of the sample, and its new tokens.
+
+        Every text is looked at after a few tokens. Nothing that was given is kept, so that memory stays flat however
+        many texts are asked for. On a mesh it has to be set for as long as this is read.
+        """
+        work = Work(prompts, samples, length, self._slots(len(prompts) * samples))
+        knobs = Knobs(temperature, top_k, top_p)
+        for piece in pieces(self.config, self.sharding, self._prepared, work, seed, knobs, STREAMED):
+            tokens = _without_end(self.specials, piece.tokens)
+            if len(tokens):
+                yield piece.prompt, piece.sample, tokens
+
+    def _slots(self, texts: int) -> int:
+        """A power of two of slots, not many more than there are texts."""
+        return min(self.slots, 1 << max(0, texts - 1).bit_length())
+
+    @cached_property
+    def _prepared(self) -> Prepared:
+        """The parameters for the loop. They are kept, and cost as much memory as those of the layers once more."""
+        return prepare(self.config, self.sharding, self.params)
+
+    @property
+    def specials(self) -> Specials:
+        """The token ids with a meaning of their own."""
+        return self.config.specials
 
     def _records(self, tokens: int, seed: int, knobs: Knobs, limit: int) -> Iterator[Drawn]:
         """What was drawn, chunk by chunk, until every document that was started has ended."""
-        config, sharding, params = self.config, self.sharding, self.params
+        config, sharding, key = self.config, self.sharding, jax.random.key(seed)
         switch = switches(knobs)
-        rows = _round_up(self.slots, batch_parts(sharding))
-        state = start_empty(config, sharding, rows, bucket(limit), params, limit)
+        rows = round_up(self.slots, batch_parts(sharding))
+        state = start_empty(config, sharding, rows, bucket(limit), self.params, np.int32(limit))
+        until = Until(CHUNK, rows, tokens)
         live = True
         while live:
-            state, record = decode(
-                config, sharding, CHUNK, switch, params, state, jax.random.key(seed), knobs, np.int32(tokens)
-            )
+            state, record = decode(config, sharding, CHUNK, switch, self._prepared, state, key, knobs, until)
             yield jax.device_get(record)
             live = bool(np.any(state.live_B))
 
 
-def _documents(records: Sequence[Drawn]) -> list[Document]:
-    """The tokens of all chunks, put together by document; an eos is taken off."""
+def _documents(specials: Specials, records: Sequence[Drawn]) -> list[Document]:
+    """The tokens of all chunks, put together by document; an end of text is taken off."""
     samples, tokens = (
         np.concatenate([getattr(r, name) for r in records]).T.ravel() for name in ("samples_CB", "tokens_CB")
     )
@@ -180,12 +197,8 @@ def _documents(records: Sequence[Drawn]) -> list[Document]:
     samples, tokens = samples[used], tokens[used]
     order = np.argsort(samples, kind="stable")
     parts = np.split(tokens[order], np.cumsum(np.bincount(samples))[:-1])
-    return [_without_eos(part) for part in parts]
+    return [_without_end(specials, part) for part in parts]
 
 
-def _without_eos(tokens: np.ndarray) -> Document:
-    return tokens[:-1] if len(tokens) and tokens[-1] == EOS else tokens
-
-
-def _round_up(size: int, multiple: int) -> int:
-    return -(-size // multiple) * multiple
+def _without_end(specials: Specials, tokens: np.ndarray) -> Document:
+    return tokens[:-1] if len(tokens) and int(tokens[-1]) in (specials.eos, *specials.stops) else tokens

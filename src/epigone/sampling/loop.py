@@ -1,7 +1,7 @@
-"""The decoding loop: rows that read a token, draw the next, and start a new document when one ends."""
+"""The decoding loop: rows that read a token, draw the next, and make room for another text when one ends."""
 
-from functools import partial
-from typing import NamedTuple
+from functools import partial, reduce
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,11 +10,10 @@ from jax.sharding import PartitionSpec as P
 
 from epigone.errors import UserError
 from epigone.models.config import DecoderConfig
-from epigone.models.decoder import structure
-from epigone.models.language_model import BOS, EOS
+from epigone.models.decoder import Weights, structure
 from epigone.models.sharding import Sharding, in_mesh, placed
 from epigone.sampling import processors
-from epigone.sampling.cache import Ring, empty_rings, prefill, read_one, unstacked
+from epigone.sampling.cache import Ring, empty_rings, lay, read_all, read_one, ready, unstacked
 from epigone.sampling.draw import draw, token_keys
 
 IDLE = -1
@@ -76,84 +75,122 @@ def switches(knobs: Knobs) -> Switches:
     return Switches(temperature == 0, top_k > 0, top_p < 1)
 
 
+class Prepared(NamedTuple):
+    """Parameters as the loop reads them: a copy of every layer of its own, matrices in the type of the computation.
+
+    It costs as much memory as the layers, once a call, and spares a copy of them at every chunk of steps.
+    """
+
+    params: nnx.State
+    layers: list[Weights]
+
+
+@partial(jax.jit, static_argnames=("config", "sharding"))
+def prepare(config: DecoderConfig, sharding: Sharding, params: nnx.State) -> Prepared:
+    """Parameters, prepared for `decode` and `refill`."""
+    model = nnx.merge(structure(config, sharding), params)
+    layers = unstacked(model)
+    model.outer = nnx.Dict({name: nnx.Param(w) for name, w in ready(config, model.outer).items()})
+    return Prepared(nnx.split(model)[1], layers)
+
+
 @partial(jax.jit, static_argnames=("config", "sharding", "rows", "columns"))
 def start_empty(
     config: DecoderConfig, sharding: Sharding, rows: int, columns: int, params: nnx.State, limit: jax.Array
 ) -> State:
-    """Every row at the start of a document of its own, samples 0, 1, ... of prompt 0."""
+    """Every row at the start of a document of its own, samples 0, 1, ... of prompt 0; with limit 0 no row is live."""
     model = nnx.merge(structure(config, sharding), params)
-    token_B, sample_B = jnp.full((rows,), BOS, jnp.int32), jnp.arange(rows, dtype=jnp.int32)
-    zero_B = jnp.zeros_like(token_B)
-    rings = empty_rings(model, rows, columns)
-    state = _state(rings, token_B, zero_B, zero_B + limit, zero_B, sample_B, token_B == BOS)
-    return state._replace(next_sample=jnp.int32(rows))
+    token_B, sample_B = jnp.full((rows,), config.specials.bos, jnp.int32), jnp.arange(rows, dtype=jnp.int32)
+    zero_B, zero = jnp.zeros_like(token_B), jnp.int32(0)
+    begun_B = (token_B, zero_B, zero_B + limit, zero_B, sample_B, zero_B + limit > 0)
+    # What is known about rows is small, and whole on every device.
+    return State(zero, *(placed(x, P()) for x in begun_B), jnp.int32(rows), zero, empty_rings(model, rows, columns))
 
 
-@partial(jax.jit, static_argnames=("config", "sharding", "columns"))
-def start_prompts(
-    config: DecoderConfig,
-    sharding: Sharding,
-    columns: int,
-    params: nnx.State,
-    tokens_BT: jax.Array,
-    lengths_B: jax.Array,
-    limit_B: jax.Array,
-    prompt_B: jax.Array,
-    sample_B: jax.Array,
-) -> State:
-    """Rows that have read their prompts but for the last token. Prompts, bos included, end in the last column."""
-    model = nnx.merge(structure(config, sharding), params)
-    T = tokens_BT.shape[1]
-    positions_BT = jnp.arange(T)[None] - (T - lengths_B[:, None])
-    before = (tokens_BT, jnp.maximum(positions_BT, 0), (positions_BT >= 0).astype(jnp.int32))
-    rings = prefill(model, columns, *(placed(x[:, :-1], sharding.activation("BT")) for x in before))
-    live_B = limit_B >= lengths_B
-    state = _state(rings, tokens_BT[:, -1], lengths_B - 1, limit_B, prompt_B, sample_B, live_B)
-    return state._replace(step=jnp.int32(T - 1))
+class Texts(NamedTuple):
+    """Texts to be continued. R rows of T tokens, bos included, which end in the last column; and where they go.
+
+    `limit` is the length, without bos, at which a text ends. A row may stand there twice, and counts once.
+    """
+
+    slot_R: Any
+    tokens_RT: Any
+    length_R: Any
+    limit_R: Any
+    prompt_R: Any
+    sample_R: Any
 
 
-def _state(rings: list[Ring], *vectors_B: jax.Array) -> State:
-    """The state in which rows begin. What is known about rows is small, and whole on every device."""
-    zero = jnp.int32(0)
-    token_B, position_B, limit_B, prompt_B, sample_B, live_B = (placed(x, P()) for x in vectors_B)
-    return State(zero, token_B, position_B, limit_B, prompt_B, sample_B, live_B, zero, zero, rings)
+@partial(jax.jit, static_argnames=("config", "sharding"), donate_argnames=("state",))
+def refill(config: DecoderConfig, sharding: Sharding, prepared: Prepared, state: State, texts: Texts) -> State:
+    """The state with texts in the place of rows that have ended. All but each last token is read here."""
+    model = nnx.merge(structure(config, sharding), prepared.params)
+    slot_R, T = texts.slot_R, texts.tokens_RT.shape[1]
+    rings = state.rings
+    if T > 1:
+        places_RT = jnp.arange(T)[None] - (T - texts.length_R[:, None])
+        read = (texts.tokens_RT, jnp.maximum(places_RT, 0), (places_RT >= 0).astype(jnp.int32))
+        kept = read_all(model, *(placed(x[:, :-1], sharding.activation("BT")) for x in read))
+        rings = lay(model, rings, *kept, slot_R, state.step - (T - 1))
+
+    def put(old_B: jax.Array, new_R: jax.Array) -> jax.Array:
+        return old_B.at[slot_R].set(new_R)
+
+    return state._replace(
+        rings=rings,
+        token_B=put(state.token_B, texts.tokens_RT[:, -1]),
+        position_B=put(state.position_B, texts.length_R - 1),
+        limit_B=put(state.limit_B, texts.limit_R),
+        prompt_B=put(state.prompt_B, texts.prompt_R),
+        sample_B=put(state.sample_B, texts.sample_R),
+        live_B=put(state.live_B, texts.limit_R >= texts.length_R),
+    )
 
 
-@partial(jax.jit, static_argnames=("config", "sharding", "steps", "switch"), donate_argnames=("state",))
+class Until(NamedTuple):
+    """When `decode` comes back, and what it starts by itself; traced, so that other values compile nothing new.
+
+    `steps`: after so many at the latest. `free`: when so many rows have ended. `wanted`: a row that ends starts the
+    next sample of an empty prompt at once, until the samples that have been started are sure to hold so many tokens.
+    """
+
+    steps: int
+    free: int
+    wanted: int = 0
+
+
+@partial(jax.jit, static_argnames=("config", "sharding", "chunk", "switch"), donate_argnames=("state",))
 def decode(
     config: DecoderConfig,
     sharding: Sharding,
-    steps: int,
+    chunk: int,
     switch: Switches,
-    params: nnx.State,
+    prepared: Prepared,
     state: State,
     seed_key: jax.Array,
     knobs: Knobs,
-    wanted: jax.Array,
+    until: Until,
 ) -> tuple[State, Drawn]:
-    """At most `steps` steps; fewer when every row has ended.
-
-    A row that ends starts the next sample at once, until the samples that have been started are sure to hold
-    `wanted` tokens; with 0 wanted none is started.
-    """
-    model = nnx.merge(structure(config, sharding), params)
-    layers = unstacked(model)
+    """At most `chunk` steps, for which the record has room; fewer as `until` says, or when every row has ended."""
+    model = nnx.merge(structure(config, sharding), prepared.params)
     first, rows = state.step, state.token_B.shape[0]
+    last = first + jnp.minimum(until.steps, chunk)
     drawn = Drawn(
-        jnp.zeros((steps, rows), jnp.int32), jnp.zeros((steps, rows)), jnp.full((steps, rows), IDLE, jnp.int32)
+        jnp.zeros((chunk, rows), jnp.int32), jnp.zeros((chunk, rows)), jnp.full((chunk, rows), IDLE, jnp.int32)
     )
 
     def body(carry: tuple[State, Drawn]) -> tuple[State, Drawn]:
         state, drawn = carry
-        logits_BV, rings = read_one(model, layers, state.rings, state.step, state.token_B, state.position_B)
+        logits_BV, rings = read_one(model, prepared.layers, state.rings, state.step, state.token_B, state.position_B)
         keys_B = token_keys(seed_key, state.prompt_B, state.sample_B, state.position_B)
         token_B, log_prob_B = _choose(sharding, switch, knobs, logits_BV, keys_B)
         step = (token_B, log_prob_B, jnp.where(state.live_B, state.sample_B, IDLE))
         drawn = Drawn(*(all_.at[state.step - first].set(now) for all_, now in zip(drawn, step, strict=True)))
-        return _advance(state._replace(rings=rings), token_B, wanted), drawn
+        return _advance(config, state._replace(rings=rings), token_B, until.wanted), drawn
 
     def going(carry: tuple[State, Drawn]) -> jax.Array:
-        return jnp.any(carry[0].live_B) & (carry[0].step - first < steps)
+        live = jnp.sum(carry[0].live_B)
+        return (live > jnp.maximum(rows - until.free, 0)) & (carry[0].step < last)
 
     return jax.lax.while_loop(going, body, (state, drawn))
 
@@ -189,14 +226,15 @@ def _next_token(switch: Switches, knobs: Knobs, logits_BV: jax.Array, keys_B: ja
     return draw(logits_BV, keys_B)
 
 
-def _advance(state: State, token_B: jax.Array, wanted: jax.Array) -> State:
-    """End rows at eos or at their limit, and start new samples in them while tokens are wanted.
+def _advance(config: DecoderConfig, state: State, token_B: jax.Array, wanted: int | jax.Array) -> State:
+    """End rows at an end of text or at their limit, and start new samples in them while tokens are wanted.
 
     A document with n tokens counts n + 1. The unfinished ones count what they have at least, so that no
     more documents are started than may be needed.
     """
     length_B = state.position_B + 1  # tokens, without bos and with the one just drawn
-    ended_B = state.live_B & (token_B == EOS)
+    ends = (config.specials.eos, *config.specials.stops)
+    ended_B = state.live_B & reduce(jnp.logical_or, [token_B == end for end in ends])
     done_B = ended_B | (state.live_B & (length_B == state.limit_B))
     finished = state.finished + jnp.sum(jnp.where(done_B, length_B + ~ended_B, 0))
     going_B = state.live_B & ~done_B
@@ -205,7 +243,7 @@ def _advance(state: State, token_B: jax.Array, wanted: jax.Array) -> State:
     fresh_B = done_B & (rank_B < missing)
     return state._replace(
         step=state.step + 1,
-        token_B=jnp.where(done_B, BOS, token_B),
+        token_B=jnp.where(done_B, config.specials.bos, token_B),
         position_B=jnp.where(done_B, 0, length_B),
         sample_B=jnp.where(fresh_B, state.next_sample + rank_B, state.sample_B),
         live_B=going_B | fresh_B,

@@ -11,7 +11,7 @@ from flax import nnx
 
 from epigone.models.config import DecoderConfig
 from epigone.models.decoder import structure
-from epigone.models.language_model import BOS, EOS, PAD, Document
+from epigone.models.language_model import Document, Specials
 from epigone.models.sharding import Sharding, batch_parts, placed
 
 SHORTEST = 32
@@ -39,21 +39,21 @@ def bucket(length: int) -> int:
     return SHORTEST << max(0, (length - 1) // SHORTEST).bit_length()
 
 
-def aligned(texts: Sequence[Document], T: int, right: bool) -> tuple[np.ndarray, np.ndarray]:
+def aligned(texts: Sequence[Document], T: int, right: bool, specials: Specials) -> tuple[np.ndarray, np.ndarray]:
     """bos + each text in a row of T padded tokens, at the left or right end; and the lengths with bos."""
-    tokens_BT = np.full((len(texts), T), PAD, np.int32)
+    tokens_BT = np.full((len(texts), T), specials.pad, np.int32)
     for row, text in zip(tokens_BT, texts, strict=True):
         start = T - len(text) - 1 if right else 0
-        row[start] = BOS
+        row[start] = specials.bos
         row[start + 1 : start + 1 + len(text)] = text
     return tokens_BT, np.array([len(text) + 1 for text in texts], np.int32)
 
 
-def windows_of(documents: Sequence[Document], max_length: int) -> list[Window]:
+def windows_of(documents: Sequence[Document], max_length: int, specials: Specials) -> list[Window]:
     """Each document in one window, or in windows of max_length that overlap by half and score what is new."""
     windows = []
     for index, document in enumerate(documents):
-        inputs, targets = np.r_[BOS, document].astype(np.int32), np.r_[document, EOS].astype(np.int32)
+        inputs, targets = np.r_[specials.bos, document].astype(np.int32), np.r_[document, specials.eos].astype(np.int32)
         first = 0
         for start in _starts(len(inputs), max_length):
             end = min(start + max_length, len(inputs))
@@ -78,7 +78,7 @@ def windows_scores(
         rows = _rows(config, sharding, T)
         for start in range(0, len(group), rows):
             part = group[start : start + rows]
-            numbers = np.full((2, rows, T), PAD, np.int32)
+            numbers = np.full((2, rows, T), config.specials.pad, np.int32)
             lengths_B = np.zeros(rows, np.int32)
             for b, window in enumerate(part):
                 lengths_B[b] = len(window.inputs)
@@ -96,9 +96,9 @@ def next_scores(config: DecoderConfig, sharding: Sharding, params: Any, contexts
     rows = -(-CONTEXTS // batch_parts(sharding)) * batch_parts(sharding)
     for start in range(0, len(contexts), rows):
         part = contexts[start : start + rows]
-        tokens_BT, lengths_B = np.full((rows, T), PAD, np.int32), np.ones(rows, np.int32)
+        tokens_BT, lengths_B = np.full((rows, T), config.specials.pad, np.int32), np.ones(rows, np.int32)
         for b, context in enumerate(part):
-            read = np.r_[BOS, context][-T:]
+            read = np.r_[config.specials.bos, context][-T:]
             tokens_BT[b, : len(read)], lengths_B[b] = read, len(read)
         out[start : start + rows] = np.asarray(_next(config, sharding, params, tokens_BT, lengths_B))[: len(part)]
     return out
