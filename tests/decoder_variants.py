@@ -1,4 +1,4 @@
-"""Small configs that together switch every field of DecoderConfig away from its default."""
+"""Small configs, one for each family of published models, that together switch every field away from its default."""
 
 import dataclasses
 
@@ -7,13 +7,17 @@ import numpy as np
 
 from epigone.models.config import DecoderConfig
 from epigone.models.decoder import init
-from epigone.models.layers import exact_gelu, gelu, layer_norm, learned, save_nothing
+from epigone.models.language_model import Specials
+from epigone.models.layers import exact_gelu, gelu, layer_norm, learned, offset_rms_norm, save_nothing
+from epigone.models.rope import LinearScaling, Llama3Scaling, LongRopeScaling, YarnScaling
 
 LLAMA = DecoderConfig(
     vocab_size=37, layers=2, model_size=16, heads=4, kv_heads=2, ff_size=24, max_length=16, vocab_multiple=8
 )
+BIASES = {"qkv_bias": True, "mix_bias": True, "ff_bias": True, "norm_bias": True}
 VARIANTS = {
     "llama": LLAMA,
+    "llama3": dataclasses.replace(LLAMA, rope_theta=30.0, rope_scaling=Llama3Scaling(4.0, 1.0, 4.0, 24)),
     "gpt2": dataclasses.replace(
         LLAMA,
         kv_heads=None,
@@ -22,26 +26,59 @@ VARIANTS = {
         positions=learned,
         activation=gelu,
         gated=False,
-        qkv_bias=True,
-        mix_bias=True,
-        ff_bias=True,
-        norm_bias=True,
+        **BIASES,
+    ),
+    "qwen2": dataclasses.replace(
+        LLAMA, head_size=8, qkv_bias=True, rope_theta=100.0, rope_scaling=YarnScaling(4.0, 20, beta_fast=3.0)
     ),
     "qwen3": dataclasses.replace(LLAMA, qk_norm=True, head_size=6, rope_theta=1e6, tied=False, kv_heads=1),
+    "qwen3_moe": dataclasses.replace(
+        LLAMA,
+        qk_norm=True,
+        experts=5,
+        experts_per_token=2,
+        normalise_experts=False,
+        tied=False,
+        specials=Specials(never=()),
+    ),
     "gemma2": dataclasses.replace(
-        LLAMA, activation=gelu, window=3, attention_softcap=2.0, logit_softcap=3.0, embedding_scale=4.0
+        LLAMA,
+        norm=offset_rms_norm,
+        post_norm=True,
+        activation=gelu,
+        window=3,
+        window_pattern=(True, False),
+        attention_scale=0.3,
+        attention_softcap=2.0,
+        logit_softcap=3.0,
+        embedding_scale=4.0,
+    ),
+    "gemma3": dataclasses.replace(
+        LLAMA,
+        layers=3,
+        norm=offset_rms_norm,
+        post_norm=True,
+        qk_norm=True,
+        activation=gelu,
+        window=4,
+        window_pattern=(True, True, False),
+        rope_theta=1000.0,
+        rope_local_theta=10.0,
+        rope_scaling=LinearScaling(2.0),
+        attention_scale=0.4,
+        embedding_scale=4.0,
+    ),
+    "olmo2": dataclasses.replace(LLAMA, pre_norm=False, post_norm=True, qk_norm_whole=True, tied=False),
+    "phi3": dataclasses.replace(
+        LLAMA,
+        head_size=8,
+        rope_fraction=0.75,
+        rope_scaling=LongRopeScaling((1.0, 1.5, 2.0), (1.0, 4.0, 8.0), 64, 2.0),
+        window=5,
+        specials=Specials(pad=2, bos=3, eos=3, unk=None, stops=(5,), never=(2, 36)),
     ),
     "mixed": dataclasses.replace(
-        LLAMA,
-        activation=exact_gelu,
-        norm=layer_norm,
-        qk_norm=True,
-        qkv_bias=True,
-        mix_bias=True,
-        ff_bias=True,
-        norm_bias=True,
-        remat=save_nothing,
-        vocab_size=40,
+        LLAMA, activation=exact_gelu, norm=layer_norm, qk_norm=True, **BIASES, remat=save_nothing, vocab_size=40
     ),
 }
 

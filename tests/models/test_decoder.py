@@ -15,7 +15,12 @@ from epigone.models.config import DecoderConfig
 from epigone.models.decoder import abstract, apply, flops_per_token, init, parameter_count, structure
 from epigone.models.layers import learned, save_nothing, save_products
 
-every_variant = pytest.mark.parametrize("config", VARIANTS.values(), ids=VARIANTS.keys())
+LONG = dataclasses.replace(VARIANTS["phi3"].rope_scaling, original_max_length=8)
+FAMILIES = VARIANTS | {
+    "phi3_long": dataclasses.replace(VARIANTS["phi3"], rope_scaling=LONG),
+    "mixtral": dataclasses.replace(LLAMA, experts=4, gated=False, remat=save_nothing),
+}
+every_variant = pytest.mark.parametrize("config", FAMILIES.values(), ids=FAMILIES.keys())
 forward = jax.jit(apply, static_argnums=0)
 
 
@@ -31,10 +36,11 @@ def test_equals_the_numpy_reference(config):
     assert logits_BTV.dtype == np.float32
     assert logits_BTV.shape == (3, 12, config.vocab_size)
     outer, layers = named_arrays(params)
+    never = list(config.specials.never)
     for b, row in enumerate(zip(*batch, strict=True)):
         expected = decoder_reference.logits(config, outer, layers, *row)
-        assert np.abs(logits_BTV[b] - expected)[:, 2:].max() < 1e-4
-        np.testing.assert_array_equal(logits_BTV[b, :, :2], np.float32(-1e9))
+        assert np.abs(np.delete(logits_BTV[b] - expected, never, axis=1)).max() < 1e-4
+        np.testing.assert_array_equal(logits_BTV[b][:, never], np.float32(-1e9))
 
 
 @every_variant
@@ -50,14 +56,15 @@ def test_no_gradient_from_the_future_or_from_another_document(config):
         object.__setattr__(shifted, "embed", lambda *inputs: embed(*inputs) + shift_BTD)
         return shifted.logits(shifted(tokens, positions, segments)) @ probe_V
 
-    probe_V = jnp.asarray(np.random.default_rng(1).standard_normal(config.vocab_size), jnp.float32).at[:2].set(0)
+    never = [0, *config.specials.never]
+    probe_V = jnp.asarray(np.random.default_rng(1).standard_normal(config.vocab_size), jnp.float32).at[jnp.array(never)].set(0)
     zero = jnp.zeros((*tokens.shape, config.model_size))
     jacobian = jax.jit(jax.jacrev(logit_sums))(zero, probe_V)  # [B, T, B, S, D]
     size = np.abs(np.asarray(jacobian)).max(-1)
     for b in range(3):
         for t in range(12):
             for s in range(12):
-                near = config.window is None or t - s < config.window * config.layers - 1
+                near = not all(config.windowed_layers) or t - s < config.window * config.layers - 1
                 if s > t or segments[b, s] != segments[b, t]:
                     assert size[b, t, b, s] == 0
                 elif near:
