@@ -1,30 +1,39 @@
-"""Text to token ids and back: bytes, trained byte-level BPE, or words. Special ids are 0 pad, 1 bos, 2 eos, 3 unk."""
+"""Text to token ids and back. Special ids of Epigone's own tokenizers are 0 pad, 1 bos, 2 eos, 3 unk."""
 
 import contextlib
 import functools
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from epigone.data import exported_tokenizers, plain_text
+from epigone.data.conventions import Conventions
+from epigone.data.streamed_text import StreamDecoder
+from epigone.data.vocabularies import (
+    BYTES,
+    SPECIALS,
+    UNKNOWN,
+    byte_alphabet,
+    byte_level,
+    encodable,
+    readable,
+    without_added_tokens,
+    word_level,
+)
 from epigone.errors import Fault, UserError
+from epigone.models.language_model import Specials
 
 if TYPE_CHECKING:
     import tokenizers
 
-# U+27E8 is no character of the byte alphabet and never stands inside a word, so no text, not even one that is full of
-# these very strings, can be cut into a piece that looks like a special token.
-SPECIALS = ("⟨pad⟩", "⟨bos⟩", "⟨eos⟩", "⟨unk⟩")
-UNKNOWN = "\N{REPLACEMENT CHARACTER}"
-"""How an unknown word is written: itself never a known word, so that decoded text encodes to the same ids."""
-
-_WORD = r"\w+(?:['’]\w+)*|[^\w\s]"
-_BYTES = 256
+_BYTE = re.compile("<0x[0-9A-F]{2}>")
 
 
 @dataclass(frozen=True)
@@ -35,8 +44,8 @@ class Bytes:
         """The 260 tokens are the same for every text, so `texts` is not read."""
         import tokenizers
 
-        vocabulary = {token: index for index, token in enumerate((*SPECIALS, *_byte_alphabet()))}
-        return Tokenizer(_byte_level(tokenizers.models.BPE(vocab=vocabulary, merges=[]), split_words=False))
+        vocabulary = {token: index for index, token in enumerate((*SPECIALS, *byte_alphabet()))}
+        return Tokenizer(byte_level(tokenizers.models.BPE(vocab=vocabulary, merges=[]), split_words=False))
 
 
 @dataclass(frozen=True)
@@ -53,17 +62,17 @@ class BPE:
         """Train on `texts`. Raises UserError if `vocab_size` has no room for the bytes."""
         import tokenizers
 
-        if self.vocab_size < len(SPECIALS) + _BYTES:
-            raise UserError(f"BPE vocab_size {self.vocab_size} < {len(SPECIALS) + _BYTES} (4 specials and 256 bytes)")
+        if self.vocab_size < len(SPECIALS) + BYTES:
+            raise UserError(f"BPE vocab_size {self.vocab_size} < {len(SPECIALS) + BYTES} (4 specials and 256 bytes)")
         trainer = tokenizers.trainers.BpeTrainer(
             vocab_size=self.vocab_size,
             special_tokens=list(SPECIALS),
-            initial_alphabet=_byte_alphabet(),
+            initial_alphabet=byte_alphabet(),
             show_progress=False,
         )
-        inner = _byte_level(tokenizers.models.BPE(), split_words=True)
-        inner.train_from_iterator(_encodable(texts), trainer)
-        return Tokenizer(_without_added_tokens(inner))
+        inner = byte_level(tokenizers.models.BPE(), split_words=True)
+        inner.train_from_iterator(encodable(texts), trainer)
+        return Tokenizer(without_added_tokens(inner))
 
 
 @dataclass(frozen=True)
@@ -92,57 +101,124 @@ class Words:
             special_tokens=list(SPECIALS),
             show_progress=False,
         )
-        inner = _word_level(self.lowercase)
-        inner.train_from_iterator(_encodable(text.replace(UNKNOWN, " ") for text in texts), trainer)
+        inner = word_level(self.lowercase)
+        inner.train_from_iterator(encodable(text.replace(UNKNOWN, " ") for text in texts), trainer)
         if inner.get_vocab_size() == len(SPECIALS):
             raise UserError(f"no word occurs {self.min_count} times in the training text: the vocabulary is empty")
-        return Tokenizer(_without_added_tokens(inner))
+        return Tokenizer(without_added_tokens(inner))
 
 
 class Tokenizer:
-    """A fixed map between text and ids; made by `Bytes`, `BPE` or `Words`, or by `Tokenizer.load`."""
+    """A fixed map between text and ids.
 
-    def __init__(self, inner: "tokenizers.Tokenizer"):
-        self.inner = inner
-        self._json = _canonical_json(inner)
-        self._words = json.loads(self._json)["model"]["type"] == "WordLevel"
-        self.size: int = inner.get_vocab_size()
+    Made by `Bytes`, `BPE` or `Words`, by a `PretrainedTokenizer`, or by `Tokenizer.load`. One from elsewhere comes with
+    its conventions; its text and ids are those of the `tokenizers` library, and so of transformers' fast tokenizers.
+    """
+
+    def __init__(self, inner: "tokenizers.Tokenizer", conventions: Conventions | None = None):
+        self.inner, self.conventions = inner, conventions
+        described = json.loads(inner.to_str())
+        model = described["model"]
+        kind = "words" if model["type"] == "WordLevel" else "bpe" if model.get("merges") else "bytes"
+        self._words = kind == "words" and conventions is None
+        self.size: int = conventions.size if conventions else inner.get_vocab_size()
+        self.name: str = f"{model['type'].lower() if conventions else kind}-{self.size}"
+        whole = {"conventions": asdict(conventions), "tokenizer": described} if conventions else described
+        self._json = json.dumps(whole, sort_keys=True, ensure_ascii=False)
         self.identity: str = hashlib.sha256(self._json.encode()).hexdigest()[:16]
 
-    @functools.cached_property
-    def name(self) -> str:
-        """Kind and size, such as 'words-6244'."""
-        merges = json.loads(self._json)["model"].get("merges")
-        return f"{'words' if self._words else 'bpe' if merges else 'bytes'}-{self.size}"
+    @property
+    def specials(self) -> Specials:
+        """The ids that are no text."""
+        return self.conventions.specials if self.conventions else Specials()
 
-    def encode(self, text: str) -> np.ndarray:
-        """The ids of `text`, int32, without bos or eos."""
-        return self.encode_batch([text])[0]
+    @property
+    def chat_template(self) -> str | None:
+        """How messages become text, in Jinja."""
+        return self.conventions.chat_template if self.conventions else None
+
+    @functools.cached_property
+    def _plain(self) -> "tokenizers.Tokenizer":
+        return plain_text.without_specials(self.inner) if self.conventions else self.inner
+
+    @functools.cached_property
+    def _special_ids(self) -> frozenset[int]:
+        """Ids that vanish when they are decoded."""
+        if self.conventions is None:
+            return frozenset(range(len(SPECIALS)))
+        return frozenset(index for index, token in self.inner.get_added_tokens_decoder().items() if token.special)
+
+    def encode(self, text: str, specials: bool = False) -> np.ndarray:
+        """The ids of `text`, int32; no bos or eos is added.
+
+        Args:
+            text: what is encoded.
+            specials: read special tokens that are spelled out in the text, as in a rendered chat. They are mere text
+                otherwise, as they always are to Epigone's own tokenizers.
+
+        Raises UserError for a special token that the model does not have.
+        """
+        if not (specials and self.conventions):
+            return self.encode_batch([text])[0]
+        ids = np.array(self.inner.encode(text, add_special_tokens=False).ids, np.int32)
+        if len(ids) and ids.max() >= self.size:
+            raise UserError(f"the text has '{self.token(ids.max())}', id {ids.max()}; the model has {self.size} ids")
+        return ids
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         """`encode` of each text, on all cores."""
-        encodings = self.inner.encode_batch_fast(list(texts), add_special_tokens=False)
+        encodings = self._plain.encode_batch_fast(list(texts), add_special_tokens=False)
         return [np.array(encoding.ids, np.int32) for encoding in encodings]
 
-    def decode(self, ids: Sequence[int] | np.ndarray) -> str:
-        """Readable text. Specials vanish, except an unknown word, which is written as U+FFFD.
+    def decode(self, ids: Sequence[int] | np.ndarray, specials: bool = False) -> str:
+        """Readable text. Special tokens vanish unless `specials`; an unknown word is written as U+FFFD.
 
         Of words, `encode(decode(ids))` gives `ids` back. Of bytes and BPE, `decode(encode(text))` gives `text` back.
         """
-        kept = [int(index) for index in ids]
+        kept = [int(index) for index in ids if specials or int(index) not in self._special_ids or self._unknown(index)]
         if self._words:
-            return _readable([UNKNOWN if index == 3 else self.token(index) for index in kept if index >= 3])
-        return self.inner.decode([index for index in kept if index >= len(SPECIALS)], skip_special_tokens=False)
+            return readable([UNKNOWN if self._unknown(index) else self.token(index) for index in kept])
+        return self.inner.decode(kept, skip_special_tokens=False)
+
+    def _unknown(self, index: int) -> bool:
+        return self._words and index == SPECIALS.index("⟨unk⟩")
+
+    def stream_decoder(self) -> StreamDecoder:
+        """For text that is shown while it is written."""
+        return StreamDecoder(self.decode, self._may_change)
+
+    def _may_change(self, index: int) -> bool:
+        """Whether what follows can change how this id is written: bytes of one character, and what vanishes between."""
+        return index in self._special_ids or bool(_BYTE.fullmatch(self.inner.id_to_token(index) or ""))
 
     def token(self, index: int) -> str:
         """The token as it is shown to a reader. Raises UserError if there is no such id."""
         token = self.inner.id_to_token(int(index)) if index >= 0 else None
-        if token is None:
+        if token is None and (self.conventions is None or not 0 <= index < self.size):
             raise UserError(f"token id {index} is outside the tokenizer '{self.name}' of {self.size} tokens")
-        return token if self._words or index < len(SPECIALS) else self.inner.decode([int(index)])
+        if token is None:
+            return f"⟨unused {index}⟩"
+        if self._words or int(index) in self._special_ids:
+            return token
+        shown = self.inner.decode([int(index)], skip_special_tokens=False)
+        return f" {shown}" if token.startswith("▁") and not shown.startswith(" ") else shown
+
+    def render_chat(self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True) -> str:
+        """The text of a conversation, special tokens spelled out, as transformers' `apply_chat_template` gives it.
+
+        Raises UserError if there is no chat template, or if it refuses the messages or does what it must not.
+        """
+        from epigone.data import chat
+
+        if self.conventions is None or self.conventions.chat_template is None:
+            raise UserError(f"tokenizer '{self.name}' has no chat template: give plain text")
+        return chat.render(self.conventions.chat_template, messages, self.conventions.names, add_generation_prompt)
 
     def save(self, path: Path) -> None:
-        """Write a `tokenizer.json` as the `tokenizers` library reads it; it is there whole or not at all."""
+        """Write one JSON file, whole or not at all: a `tokenizer.json` as the `tokenizers` library reads it.
+
+        A tokenizer with conventions is an object of both.
+        """
         partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -159,78 +235,18 @@ class Tokenizer:
         import tokenizers
 
         try:
-            inner = tokenizers.Tokenizer.from_str(path.read_text(encoding="utf-8"))
+            found = json.loads(path.read_text(encoding="utf-8"))
+            conventions = Conventions.read(found["conventions"]) if "conventions" in found else None
+            inner = tokenizers.Tokenizer.from_str(json.dumps(found["tokenizer"] if conventions else found))
         except OSError as error:
             raise Fault(f"cannot read tokenizer {path}: {error.strerror}") from error
         except Exception as error:  # the library raises plain Exception for whatever it cannot parse
-            raise Fault(f"tokenizer {path} is damaged ({_first_line(error)}): delete it and build it again") from error
-        if tuple(inner.id_to_token(index) for index in range(len(SPECIALS))) != SPECIALS:
+            first = str(error).strip().split("\n")[0]
+            raise Fault(f"tokenizer {path} is damaged ({first}): delete it and build it again") from error
+        if conventions is None and tuple(inner.id_to_token(index) for index in range(len(SPECIALS))) != SPECIALS:
             raise Fault(f"tokenizer {path} is foreign: ids 0 to 3 are not pad, bos, eos and unk")
-        return cls(inner)
+        return cls(inner, conventions)
 
-
-def _byte_alphabet() -> list[str]:
-    """The printable character that stands for each byte value (GPT-2's table), in the order of the bytes."""
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = [byte for byte in range(_BYTES) if byte not in printable]
-    table = {byte: chr(byte) for byte in printable} | {byte: chr(_BYTES + i) for i, byte in enumerate(others)}
-    return [table[byte] for byte in range(_BYTES)]
-
-
-def _byte_level(model: Any, split_words: bool) -> "tokenizers.Tokenizer":
-    import tokenizers
-
-    inner = tokenizers.Tokenizer(model)
-    inner.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=split_words)
-    inner.decoder = tokenizers.decoders.ByteLevel()
-    return inner
-
-
-def _word_level(lowercase: bool) -> "tokenizers.Tokenizer":
-    import tokenizers
-
-    inner = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocab={}, unk_token=SPECIALS[3]))
-    if lowercase:
-        inner.normalizer = tokenizers.normalizers.Lowercase()
-    inner.pre_tokenizer = tokenizers.pre_tokenizers.Split(tokenizers.Regex(_WORD), behavior="removed", invert=True)
-    return inner
-
-
-def _without_added_tokens(inner: "tokenizers.Tokenizer") -> "tokenizers.Tokenizer":
-    """Trainers register specials as strings to be found in any text; here they are ids only."""
-    import tokenizers
-
-    return tokenizers.Tokenizer.from_str(json.dumps(json.loads(inner.to_str()) | {"added_tokens": []}))
-
-
-def _canonical_json(inner: "tokenizers.Tokenizer") -> str:
-    return json.dumps(json.loads(inner.to_str()), sort_keys=True, ensure_ascii=False)
-
-
-def _encodable(texts: Iterable[str]) -> Iterable[str]:
-    for text in texts:
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            raise UserError(f"a text contains half a character (a lone surrogate) at {error.start}") from error
-        yield text
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().split("\n")[0]
-
-
-_NO_SPACE_BEFORE = frozenset(".,;:?!)]}%’'…-/")
-_NO_SPACE_AFTER = frozenset("([{-/$#")
-
-
-def _readable(tokens: Sequence[str]) -> str:
-    """Join words and marks as they are printed; each double quote opens or closes in turn."""
-    pieces: list[str] = []
-    glued, quoted = True, False
-    for token in tokens:
-        closes = token == '"' and quoted
-        pieces.append(token if glued or closes or token in _NO_SPACE_BEFORE else f" {token}")
-        glued = token in _NO_SPACE_AFTER or (token == '"' and not quoted)
-        quoted ^= token == '"'
-    return "".join(pieces)
+    def export(self, folder: Path) -> None:
+        """Write the files from which transformers' `AutoTokenizer` makes a tokenizer of the same ids and text."""
+        exported_tokenizers.export(self.inner, self.conventions, self._words, folder)
