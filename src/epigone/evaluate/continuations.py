@@ -23,7 +23,8 @@ class Scored(NamedTuple):
     greedy: bool
 
 
-Score = Callable[[Sequence[Piece]], Sequence[Scored]]
+Score = Callable[[Sequence[Piece]], Sequence[tuple[float, bool]]]
+"""How pieces are scored, each to what a `Scored` holds."""
 
 
 def pieces_of(ids: np.ndarray, count: int, max_length: int | None) -> list[Piece]:

@@ -8,6 +8,7 @@ Only this file imports `lm_eval`.
 """
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -63,8 +64,9 @@ class HarnessModel(LM):
         chat: bool = False,
     ) -> None:
         super().__init__()
-        self.model, self.tokenizer, self.max_length, self.seed, self.chat = model, tokenizer, max_length, seed, chat
-        self.score = score or (lambda pieces: scores_by_asking(model, pieces))
+        self.model, self.max_length, self.seed, self.chat = model, max_length, seed, chat
+        self.score: Score = score or partial(scores_by_asking, model)
+        self._tokenizer = tokenizer  # as `tokenizer` the harness would take it for one of Hugging Face's
 
     def loglikelihood(self, requests: Sequence[Any]) -> list[tuple[float, bool]]:
         """Log-probability of each continuation after its context, and whether greedy decoding would write it."""
@@ -101,20 +103,20 @@ class HarnessModel(LM):
     @property
     def tokenizer_name(self) -> str:
         """Tells cached requests of different tokenizers apart."""
-        return self.tokenizer.identity
+        return self._tokenizer.identity
 
     def chat_template(self, chat_template: bool | str = False) -> str:
         """The template, for the harness' records."""
-        return getattr(self.tokenizer, "chat_template", None) or ""
+        return getattr(self._tokenizer, "chat_template", None) or ""
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
         """A conversation as the model was taught to read it. Raises UserError if its tokenizer has no template."""
-        if not getattr(self.tokenizer, "chat_template", None):
+        if not getattr(self._tokenizer, "chat_template", None):
             raise UserError("the node's tokenizer has no chat template: evaluate without --chat")
-        return self.tokenizer.render_chat(chat_history, add_generation_prompt=add_generation_prompt)  # type: ignore
+        return self._tokenizer.render_chat(chat_history, add_generation_prompt=add_generation_prompt)  # type: ignore
 
     def _encode(self, text: str) -> np.ndarray:
-        return self.tokenizer.encode(text, specials=True) if self.chat else self.tokenizer.encode(text)  # type: ignore
+        return self._tokenizer.encode(text, specials=True) if self.chat else self._tokenizer.encode(text)  # type: ignore
 
     def _with_bos(self, text: str) -> np.ndarray:
         """bos and the tokens; a rendered chat may begin with bos by itself."""
@@ -135,7 +137,8 @@ class HarnessModel(LM):
         with tqdm(total=len(pieces), desc="scores", disable=None) as progress:
             for start in range(0, len(order), PIECES):
                 part = order[start : start + PIECES]
-                found |= zip(part, self.score([pieces[index] for index in part]), strict=True)
+                scores = self.score([pieces[index] for index in part])
+                found |= {index: Scored(*score) for index, score in zip(part, scores, strict=True)}
                 progress.update(len(part))
         parts = iter(range(len(pieces)))
         texts = [[found[next(parts)] for _ in one] for one in asked]
@@ -150,7 +153,7 @@ class HarnessModel(LM):
     def _answers(self, prompts: list[Document], how: "Answer", first: int) -> list[str]:
         knobs: dict[str, Any] = {"temperature": how.temperature, "top_k": how.top_k, "top_p": how.top_p}
         written = self.model.sample(prompts, (self.seed + first) % 2**31, length=how.length, **knobs)
-        return [_cut(self.tokenizer.decode(texts[0]), how.until) for texts in written]
+        return [_cut(self._tokenizer.decode(texts[0]), how.until) for texts in written]
 
 
 class Answer(NamedTuple):
