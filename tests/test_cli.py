@@ -1,6 +1,7 @@
 """The verbs as a person gives them: what they print, how they end, and that nothing is harmed when they end badly."""
 
 import csv
+import gc
 import json
 import os
 import re
@@ -14,7 +15,8 @@ from pathlib import Path
 import pytest
 import tiny
 
-from epigone.cli import main
+from epigone.cli import _stopped_by_signal, main
+from epigone.errors import Stopped
 
 
 @pytest.fixture(scope="module")
@@ -167,7 +169,7 @@ def test_help_names_every_verb_and_every_field(grown, capsys):
         (["run", "CONFIG", "--set", "teacher.model.vocab_size=10"], "vocab_size 10 is less"),
         (["run", "CONFIG", "--set", "evaluation.text.split=tset"], "no split 'tset'"),
         (["run", "CONFIG", "--set", "evaluation.contexts=0"], "contexts=0"),
-        (["run", "CONFIG", "--set", "student.lesson.start_from=trigram@0"], "another shape"),
+        (["run", "CONFIG", "--set", "student.lesson.start_from=trigram@0"], "no weights to start from"),
         (["run", "CONFIG", "--set", "trigram.lesson.teacher=teacher@0"], "counts words"),
         (["run", "CONFIG", "--set", "trigram.name=../../escape"], "use letters, digits"),
         (["report", "nowhere"], "'nowhere'"),
@@ -304,3 +306,18 @@ def test_two_runs_at_once_the_second_leaves_and_a_killed_one_goes_on(grown, tmp_
     curves = [[point["loss"] for point in kind["teacher@0"]["curve"]] for kind in (found, expected)]
     assert len(curves[0]) == 400
     assert curves[0] == curves[1]
+
+
+def test_a_signal_in_a_callback_of_the_garbage_collector_is_not_lost():
+    def callback(phase, info):
+        if phase == "start":
+            gc.callbacks.remove(callback)
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    before = sys.unraisablehook
+    with pytest.raises(Stopped), _stopped_by_signal():
+        gc.callbacks.append(callback)
+        gc.collect()
+        time.sleep(5)
+        raise AssertionError("the signal was lost")
+    assert sys.unraisablehook is before

@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 import textwrap
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,51 +31,55 @@ class Report:
     run: tyro.conf.Positional[Path]
 
 
-@dataclass(frozen=True)
-class Sample:
-    """Let a node of a run write.
+def _run(arguments: list[str]) -> None:
+    from epigone.run import run
 
-    Attributes:
-        node: key of the node, as in teacher@0 or student@1.s2.
-        run: the run directory; by default the one below runs/ that has the node.
-        prompt: what the text begins with; give it again for more prompts.
-        n: texts for each prompt.
-        temperature: divides the logits before sampling; 0 takes the most probable token every time.
-        top_k: sample among the k most probable tokens only; 0 is off.
-        top_p: sample in the smallest set that holds this probability; 1 is off.
-        max_length: tokens after which a text is cut.
-        seed: another seed, another text.
-        scores: show the log-probability of each text in nats per token.
-    """
-
-    node: tyro.conf.Positional[str]
-    run: Path | None = None
-    prompt: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
-    n: int = 4
-    temperature: float = 1.0
-    top_k: int = 0
-    top_p: float = 1.0
-    max_length: int = 128
-    seed: int = 0
-    scores: bool = False
+    run(arguments)
 
 
-def report(arguments: Report) -> None:
-    """Write a report and say where it is."""
+def _import(arguments: list[str]) -> None:
+    from epigone.importing import Import, import_node
+
+    import_node(parse(Import, arguments, "epigone import"))
+
+
+def _sample(arguments: list[str]) -> None:
+    from epigone.sample import Sample, pieces
+
+    for piece in pieces(parse(Sample, arguments, "epigone sample")):
+        print(piece, end="", flush=True)
+
+
+def _evaluate(arguments: list[str]) -> None:
+    from epigone.examine import Evaluate, evaluate_node
+
+    evaluate_node(parse(Evaluate, arguments, "epigone evaluate"))
+
+
+def _export(arguments: list[str]) -> None:
+    from epigone.export import Export, export_node
+
+    export_node(parse(Export, arguments, "epigone export"))
+
+
+def _report(arguments: list[str]) -> None:
     from epigone.report import write_report
 
-    print(f"report: {write_report(arguments.run)}")
+    print(f"report: {write_report(parse(Report, arguments, 'epigone report').run)}")
 
 
-def sample(arguments: Sample) -> None:
-    """Print samples."""
-    from epigone.sample import samples
-
-    for text in samples(**vars(arguments)):
-        print(text, flush=True)
-
-
-VERBS: dict[str, tuple[type, Callable[[Any], None]]] = {"sample": (Sample, sample), "report": (Report, report)}
+VERBS: dict[str, tuple[str, Callable[[list[str]], None]]] = {
+    "run": ("Grow the lineage of a config: train, distil, self-train for generations.", _run),
+    "import": ("Make a node of a Hugging Face folder or a GGUF file.", _import),
+    "sample": ("Let a node write.", _sample),
+    "evaluate": (
+        "Measure a node on a text: perplexity, calibration, agreement with a teacher, tasks.",
+        _evaluate,
+    ),
+    "export": ("Write a node as a Hugging Face folder, with a model card.", _export),
+    "report": ("Write the report of a run: one page, plots, JSON and CSV.", _report),
+}
+"""Verb -> what it does, and the function that takes its arguments. What a verb needs is imported when it is called."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -124,21 +129,14 @@ def _dispatch(arguments: list[str]) -> None:
         print(_help())
     elif verb == "--version":
         print(f"epigone {__version__}")
-    elif verb == "run":
-        from epigone.run import run
-
-        run(rest)
     elif verb in VERBS:
-        kind, function = VERBS[verb]
-        function(parse(kind, rest, f"epigone {verb}"))
+        VERBS[verb][1](rest)
     else:
-        raise UserError(f"there is no verb '{verb}'{did_you_mean(verb, ['run', *VERBS])}")
+        raise UserError(f"there is no verb '{verb}'{did_you_mean(verb, VERBS)}")
 
 
 def _help() -> str:
-    lines = {"run": "Grow the lineage of a config: train, distil, self-train for generations."}
-    lines |= {verb: (kind.__doc__ or "").partition("\n")[0] for verb, (kind, _) in VERBS.items()}
-    verbs = "\n".join(f"  {verb:<8} {line}" for verb, line in lines.items())
+    verbs = "\n".join(f"  {verb:<8} {line}" for verb, (line, _) in VERBS.items())
     return textwrap.dedent(
         """\
         usage: epigone VERB [ARGUMENTS]
@@ -182,12 +180,21 @@ def _stopped_by_signal() -> Iterator[None]:
     def stop(*_: object) -> None:
         raise Stopped("stopped by SIGTERM; the same command goes on from here")
 
+    def ignored(what: Any) -> None:
+        """A signal that arrives in a callback of the garbage collector is lost there: send it again."""
+        if isinstance(what.exc_value, Stopped):
+            threading.Timer(0.05, os.kill, (os.getpid(), signal.SIGTERM)).start()
+        else:
+            hook(what)
+
     try:
-        before = signal.signal(signal.SIGTERM, stop)
+        before, hook = signal.signal(signal.SIGTERM, stop), sys.unraisablehook
     except ValueError:  # not in the main thread: whoever runs that one handles its signals
         yield
         return
     try:
+        sys.unraisablehook = ignored
         yield
     finally:
+        sys.unraisablehook = hook
         signal.signal(signal.SIGTERM, before)

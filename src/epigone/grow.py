@@ -2,12 +2,13 @@
 
 import contextlib
 import datetime
+import os
 import platform
 import resource
 import shutil
 import subprocess
 import time
-from functools import cache
+from functools import cache, partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -15,13 +16,16 @@ from typing import Any
 from epigone.data.pipeline import Batches, pack
 from epigone.errors import UserError
 from epigone.identity import canonical, fingerprint
-from epigone.lineage import Lineage, Node, Text
+from epigone.lineage import Lineage, Node, Text, TrainedTokenizer
 from epigone.materials import Materials, count_tokens, fill, seed_of
 from epigone.measure import measured
 from epigone.models.language_model import Document
 from epigone.models.ngram import NGram, NGramModel
+from epigone.pretrained import import_weights
 from epigone.processes import first_then_all, is_first, wait
+from epigone.starting import check_start, starting_weights
 from epigone.store import Store, kind
+from epigone.training.config import Hardware
 from epigone.view import View
 
 
@@ -29,7 +33,7 @@ def grow(
     lineage: Lineage,
     run: Path,
     *,
-    hardware: Any = None,
+    hardware: Hardware = Hardware(),
     only: str | None = None,
     data: Path | None = None,
     view: View,
@@ -39,7 +43,7 @@ def grow(
     Args:
         lineage: what to grow.
         run: the run directory; made if absent.
-        hardware: mesh and micro-batches, a config of `epigone.training.loop`; None is one device.
+        hardware: mesh and micro-batches.
         only: grow this node alone; its parents must be done. Several processes may grow different nodes at once.
         data: where prepared corpora lie; by default `data` beside the run directory.
         view: hears of the progress.
@@ -78,21 +82,21 @@ def pending(store: Store) -> list[Node]:
 def _check(nodes: list[Node], materials: Materials) -> None:
     """Refuse, before any work, what would fail after hours: texts that are not there, parts that do not fit."""
     evaluation = materials.store.lineage.evaluation
-    texts = [evaluation.text, evaluation.real] if nodes else []
+    texts = [evaluation.text, evaluation.real] if nodes and evaluation else []
     for node in nodes:
         lesson = node.lesson
         texts += [source for source in lesson.text if isinstance(source, Text)]
-        texts += [node.tokenizer.text, *([lesson.validation] if lesson.validation else [])]
+        texts += [lesson.validation] if lesson.validation else []
+        texts += [node.tokenizer.text] if isinstance(node.tokenizer, TrainedTokenizer) else []
         if isinstance(node.model, NGram):
             if lesson.weights or lesson.teacher or lesson.start_from:
                 raise UserError(f"node '{node.key}' counts words: it takes text alone, no weights, teacher, start_from")
-        elif lesson.training is None or lesson.objective is None:
+            if not isinstance(node.tokenizer, TrainedTokenizer):
+                raise UserError(f"node '{node.key}' counts words: it reads a tokenizer that is trained here, no other")
+        elif lesson.source is None and (lesson.training is None or lesson.objective is None):
             raise UserError(f"node '{node.key}' is trained: its lesson needs an objective and a training")
-        start = materials.store.lineage[lesson.start_from] if lesson.start_from else None
-        if start is not None and start.model != node.model:
-            raise UserError(
-                f"node '{node.key}' starts from '{start.key}', which has another shape: give both one model"
-            )
+        if lesson.start_from:
+            check_start(node, materials)
     for text in dict.fromkeys(texts):
         materials.strings(text)
 
@@ -103,14 +107,18 @@ def _demand_parents(store: Store, node: Node) -> None:
             raise UserError(f"node '{node.key}' needs '{key}' ({role}), which is not done: grow '{key}' first")
 
 
-def _grow_node(node: Node, materials: Materials, hardware: Any, view: View) -> dict[str, Any]:
+def _grow_node(node: Node, materials: Materials, hardware: Hardware, view: View) -> dict[str, Any]:
     """Learn the lesson and leave the model in the node's directory; the record, but for what is measured."""
     started = time.monotonic()
     store = materials.store
-    view.stage("read text")
-    with first_then_all(f"{node.key} reads"):
-        sources = [materials.documents(source, node.tokenizer) for source in node.lesson.text]
-    learned = (_count if isinstance(node.model, NGram) else _train)(node, sources, materials, hardware, view)
+    if node.lesson.source:
+        view.stage("import")
+        learned = import_weights(node, materials, hardware)
+    else:
+        view.stage("read text")
+        with first_then_all(f"{node.key} reads"):
+            sources = [materials.documents(source, node.tokenizer) for source in node.lesson.text]
+        learned = (_count if isinstance(node.model, NGram) else _train)(node, sources, materials, hardware, view)
     record = {
         "key": node.key,
         "name": node.name,
@@ -127,13 +135,15 @@ def _grow_node(node: Node, materials: Materials, hardware: Any, view: View) -> d
         **learned,
         **_circumstances(),
     }
+    if node.lesson.source:
+        record["weights"] = os.path.relpath(store.weights(node), store.run)
     if is_first():
         store.write_record(node, record)
     return record
 
 
 def _count(
-    node: Node, sources: list[list[Document]], materials: Materials, _hardware: Any, view: View
+    node: Node, sources: list[list[Document]], materials: Materials, _hardware: Hardware, view: View
 ) -> dict[str, Any]:
     """Fit a model that counts; every process does, and the first one saves it."""
     view.stage("count")
@@ -141,7 +151,7 @@ def _count(
     validation = node.lesson.validation
     held_out = materials.documents(validation, node.tokenizer) if validation else None
     model = NGramModel.fit(node.model, documents, materials.tokenizer(node.tokenizer).size, held_out)
-    directory = materials.store.directory(node) / "model"
+    directory = materials.store.weights(node)
     if is_first():
         directory.mkdir(parents=True, exist_ok=True)
         model.save(directory / "ngram.safetensors")
@@ -150,7 +160,7 @@ def _count(
 
 
 def _train(
-    node: Node, sources: list[list[Document]], materials: Materials, hardware: Any, view: View
+    node: Node, sources: list[list[Document]], materials: Materials, hardware: Hardware, view: View
 ) -> dict[str, Any]:
     """Train a model that multiplies matrices. JAX starts here."""
     import jax
@@ -159,12 +169,12 @@ def _train(
     from epigone.training import checkpoint, loop
 
     lesson, identity = node.lesson, materials.store.lineage.identities[node.key]
-    config = filled(node, materials)
-    rows = [pack(source, lesson.training.sequence_length) for source in sources]
+    tokenizer = materials.tokenizer(node.tokenizer)
+    config = fill(node.model, tokenizer)
+    rows = [pack(source, lesson.training.sequence_length, tokenizer.specials) for source in sources]
     # What the lesson's teacher and objective are is left out: a student and its control start alike and read alike.
     recipe = fingerprint([node.model, node.tokenizer, lesson.text, lesson.weights, lesson.training, node.seed])
-    parts = (jax.process_index(), jax.process_count())
-    batches = Batches(rows, lesson.weights, lesson.training.batch_size, seed_of(recipe, "data"), *parts)
+    read = partial(Batches, rows, lesson.weights, lesson.training.batch_size, seed_of(recipe, "data"))
     directory = materials.store.directory(node)
     view.stage("train", lesson.training.steps)
     began = time.monotonic()
@@ -172,17 +182,17 @@ def _train(
         config,
         lesson.training,
         lesson.objective,
-        batches,
+        read(jax.process_index(), jax.process_count()),
         seed=seed_of(recipe, "train"),
         identity=identity,
         teacher=_teacher(node, materials),
-        initial_params=_start(node, materials),
-        hardware=hardware or loop.Hardware(),
+        initial_params=starting_weights(node, materials, read(), seed_of(recipe, "train")),
+        hardware=hardware,
         directory=directory / "training",
         on_step=view.step,
         key=node.key,
     )
-    checkpoint.save_params(directory / "model", trained.params)
+    checkpoint.save_params(materials.store.weights(node), trained.params)
     return {
         "parameters": parameter_count(config),
         "tokens": trained.tokens,
@@ -190,11 +200,6 @@ def _train(
         "curve": trained.curve,
         "seconds_before": max(0.0, trained.seconds - (time.monotonic() - began)),
     }
-
-
-def filled(node: Node, materials: Materials) -> Any:
-    """A decoder's config with the vocabulary size of its tokenizer."""
-    return fill(node.model, materials.tokenizer(node.tokenizer).size)
 
 
 def _teacher(node: Node, materials: Materials) -> Any:
@@ -214,20 +219,11 @@ def _teacher(node: Node, materials: Materials) -> Any:
     check_compatible(
         node.lesson.objective,
         teacher,
-        vocab_size=filled(node, materials).vocab_size,
+        vocab_size=fill(node.model, own).vocab_size,
         tokenizer_identity=own.identity,
         tokenizer_name=own.name,
     )
     return teacher
-
-
-def _start(node: Node, materials: Materials) -> Any:
-    """The weights to start from, or None for a fresh start."""
-    if node.lesson.start_from is None:
-        return None
-    parent = materials.store.lineage[node.lesson.start_from]
-    model: Any = materials.model(parent)
-    return model.params
 
 
 def _circumstances() -> dict[str, Any]:

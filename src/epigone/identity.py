@@ -13,21 +13,24 @@ from typing import Any
 from epigone.errors import Fault, UserError
 
 
-def canonical(value: Any) -> Any:
+def canonical(value: Any, whole: bool = True) -> Any:
     """A config as plain JSON values: the same for equal configs, in every process and on every machine.
 
     Dataclasses become objects with their type's name, functions their qualified name, partials their function and
-    arguments. Everything else that is not plain data is refused, since its identity would not be stable.
+    arguments. Everything else that is not plain data is refused, since its identity would not be stable. Fields with
+    the metadata `identity=False`, such as labels and paths, are left out unless the `whole` is asked for.
     """
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        fields = {f.name: canonical(getattr(value, f.name)) for f in dataclasses.fields(value)}
+        kept = [f.name for f in dataclasses.fields(value) if whole or f.metadata.get("identity", True)]
+        fields = {name: canonical(getattr(value, name), whole) for name in kept}
         return {"type": f"{type(value).__module__}:{type(value).__qualname__}", **fields}
     if isinstance(value, functools.partial):
-        return {"partial": canonical(value.func), "args": canonical(value.args), **canonical(value.keywords)}
+        rest = canonical(value.keywords, whole)
+        return {"partial": canonical(value.func, whole), "args": canonical(value.args, whole), **rest}
     if isinstance(value, Mapping):
-        return {str(key): canonical(item) for key, item in value.items()}
+        return {str(key): canonical(item, whole) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [canonical(item) for item in value]
+        return [canonical(item, whole) for item in value]
     if isinstance(value, Enum):
         return value.name
     if isinstance(value, PurePath):
@@ -41,8 +44,8 @@ def canonical(value: Any) -> Any:
 
 
 def fingerprint(value: Any) -> str:
-    """The first 16 hexadecimal digits of the SHA-256 of the canonical form."""
-    text = json.dumps(canonical(value), sort_keys=True, separators=(",", ":"))
+    """The first 16 hexadecimal digits of the SHA-256 of the canonical form, without what is no part of an identity."""
+    text = json.dumps(canonical(value, whole=False), sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 

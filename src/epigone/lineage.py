@@ -4,7 +4,6 @@ Nothing here knows JAX, a file, or how anything is trained. `model`, `tokenizer`
 are frozen dataclasses of the rooms that can use them.
 """
 
-import dataclasses
 import graphlib
 import re
 from collections.abc import Iterable, Mapping
@@ -79,6 +78,19 @@ class TrainedTokenizer:
 
 
 @dataclass(frozen=True)
+class Pretrained:
+    """Weights that were trained elsewhere and come from files.
+
+    Attributes:
+        path: a Hugging Face folder or a GGUF file; where it lies is no part of a node's identity.
+        digest: hash of what is in it.
+    """
+
+    path: str = field(compare=False, metadata={"identity": False})
+    digest: str
+
+
+@dataclass(frozen=True)
 class Lesson:
     """How a node learns: from which text, from whose scores, towards which objective.
 
@@ -87,18 +99,28 @@ class Lesson:
         weights: share of each source in the mixture; None joins the sources in proportion to their size.
         teacher: key of the node whose scores are learned; None learns from the text alone.
         start_from: key of the node whose weights are the start; None starts fresh.
+        inherit: which of them are taken where the two differ in size, a config of `epigone.models.inherit`; None: all.
+        source: files with the weights; such a node learns nothing, and has no text.
         objective: what is minimised, a config of `epigone.lessons.objective`; None for models that count.
         training: steps, batch, optimizer, a config of `epigone.training.loop`; None for models that count.
         validation: held-out text on which a model that counts tunes its count scale; None does not tune.
     """
 
-    text: tuple[Text | Written, ...]
+    text: tuple[Text | Written, ...] = ()
     weights: tuple[float, ...] | None = None
     teacher: str | None = None
     start_from: str | None = None
+    inherit: Any = None
+    source: Pretrained | None = None
     objective: Any = None
     training: Any = None
     validation: Text | None = None
+
+    def __post_init__(self) -> None:
+        if self.source and (self.text or self.teacher or self.start_from):
+            raise UserError(f"a node of '{self.source.path}' has its weights: it takes no text, teacher or start_from")
+        if self.inherit and not self.start_from:
+            raise UserError("a lesson says what to inherit and from nobody: name the node with start_from")
 
 
 @dataclass(frozen=True)
@@ -109,7 +131,7 @@ class Node:
         name: what the node is called; the nodes of one series share it.
         generation: how many lessons lie between it and real text.
         model: the architecture, a config of `epigone.models`.
-        tokenizer: how text becomes tokens.
+        tokenizer: how text becomes tokens, trained here or pretrained elsewhere.
         lesson: how it learns.
         seed: tells apart repetitions of the same recipe.
         labels: for reports only and no part of the identity: family, regime, role.
@@ -118,10 +140,10 @@ class Node:
     name: str
     generation: int
     model: Any
-    tokenizer: TrainedTokenizer
+    tokenizer: Any
     lesson: Lesson
     seed: int = 0
-    labels: Mapping[str, str] = field(default_factory=dict)
+    labels: Mapping[str, str] = field(default_factory=dict, metadata={"identity": False})
 
     def __post_init__(self) -> None:
         _check_name(self.name)
@@ -176,13 +198,13 @@ class Lineage:
     Attributes:
         name: names the run directory.
         nodes: the nodes, in any order.
-        evaluation: what is measured of each.
+        evaluation: what is measured of each; None measures nothing.
         description: one paragraph for the reader of the report.
     """
 
     name: str
     nodes: tuple[Node, ...]
-    evaluation: Evaluation
+    evaluation: Evaluation | None
     description: str = ""
 
     def __post_init__(self) -> None:
@@ -237,7 +259,7 @@ class Lineage:
         found: dict[str, str] = {}
         for node in self.order:
             parents = [(found[key], role) for key, role in node.parents]
-            found[node.key] = fingerprint((dataclasses.replace(node, labels={}), parents))
+            found[node.key] = fingerprint((node, parents))
         return found
 
     def ancestor(self, key: str) -> Node:

@@ -16,6 +16,9 @@ from epigone.models.language_model import Document, LanguageModel
 from epigone.models.ngram import NGram, NGramModel
 from epigone.store import Store
 
+TokenizerConfig = Any
+"""A TrainedTokenizer, or a config of `epigone.data.foreign_tokenizers`, which has a `build` of its own."""
+
 KEPT_MODELS = 4
 """Models that stay in memory: a teacher, a judge, the writer of the text and the node itself."""
 
@@ -37,21 +40,25 @@ class Materials:
             raise UserError(f"corpus {text.corpus} has no split '{text.split}'; it has {', '.join(splits)}")
         return splits[text.split]
 
-    def tokenizer(self, config: TrainedTokenizer) -> Tokenizer:
-        """A tokenizer, trained on first use and stored with the run."""
+    def tokenizer(self, config: TokenizerConfig) -> Tokenizer:
+        """A tokenizer, trained or read from its files on first use and stored with the run."""
         name = fingerprint(config)
-        if config.text.skip or config.text.tokens is not None:
-            raise UserError(f"a tokenizer is trained on a whole split, not on a part: {config.text}")
         if name not in self._tokenizers:
             path = self.store.tokenizer(config)
             if not path.exists():
-                trained = config.algorithm.build(list(self.strings(config.text)))
                 path.parent.mkdir(parents=True, exist_ok=True)
-                trained.save(path)
+                self._built(config).save(path)
             self._tokenizers[name] = Tokenizer.load(path)
         return self._tokenizers[name]
 
-    def documents(self, source: Text | Written, config: TrainedTokenizer) -> list[Document]:
+    def _built(self, config: TokenizerConfig) -> Tokenizer:
+        if not isinstance(config, TrainedTokenizer):
+            return config.build()
+        if config.text.skip or config.text.tokens is not None:
+            raise UserError(f"a tokenizer is trained on a whole split, not on a part: {config.text}")
+        return config.algorithm.build(list(self.strings(config.text)))
+
+    def documents(self, source: Text | Written, config: TokenizerConfig) -> list[Document]:
         """The token documents of a source, real or written by a node that is done."""
         tokenizer = self.tokenizer(config)
         whole = replace(source, skip=0, tokens=None) if isinstance(source, Text) else source
@@ -65,7 +72,15 @@ class Materials:
             return corpora.slice_documents(self._encoded[name], source.skip, source.tokens)
         return self._encoded[name]
 
-    def index(self, text: Text, config: TrainedTokenizer) -> NGramIndex:
+    def texts(self, source: Text, config: TokenizerConfig) -> list[str]:
+        """The documents of a source, or of its part, as they were before they were encoded."""
+        strings = list(self.strings(source))
+        if source.skip == 0 and source.tokens is None:
+            return strings
+        encoded = self.documents(replace(source, skip=0, tokens=None), config)
+        return [strings[index] for index in corpora.slice_indices(encoded, source.skip, source.tokens)]
+
+    def index(self, text: Text, config: TokenizerConfig) -> NGramIndex:
         """The n-grams of a real text, against which novelty is counted."""
         name = fingerprint([text, config])
         if name not in self._indices:
@@ -110,8 +125,7 @@ class Materials:
         """A node that is done, ready to be asked."""
         key = self.store.lineage.identities[node.key]
         if key not in self._models:
-            directory = self.store.directory(node) / "model"
-            self.keep(node, load_model(node.model, directory, self.tokenizer(node.tokenizer).size))
+            self.keep(node, load_model(node.model, self.store.weights(node), self.tokenizer(node.tokenizer)))
         self._models.move_to_end(key)
         return self._models[key]
 
@@ -122,7 +136,7 @@ class Materials:
             self._models.popitem(last=False)
 
 
-def load_model(config: Any, directory: Path, vocab_size: int) -> LanguageModel:
+def load_model(config: Any, directory: Path, tokenizer: Tokenizer) -> LanguageModel:
     """A finished model from its directory: counts or weights. JAX is imported only for weights."""
     if isinstance(config, NGram):
         return NGramModel.load(directory / "ngram.safetensors")
@@ -130,15 +144,15 @@ def load_model(config: Any, directory: Path, vocab_size: int) -> LanguageModel:
     from epigone.sampling.decode import DecoderLanguageModel
     from epigone.training import checkpoint
 
-    config = fill(config, vocab_size)
+    config = fill(config, tokenizer)
     return DecoderLanguageModel(config, checkpoint.load_params(directory, decoder.abstract(config)))
 
 
-def fill(config: Any, vocab_size: int) -> Any:
-    """A decoder's config with its vocabulary's size, by default its tokenizer's. UserError if it has fewer entries."""
-    if config.vocab_size is not None and config.vocab_size < vocab_size:
-        raise UserError(f"vocab_size {config.vocab_size} is less than the {vocab_size} tokens of the tokenizer")
-    return replace(config, vocab_size=config.vocab_size or vocab_size)
+def fill(config: Any, tokenizer: Tokenizer) -> Any:
+    """A decoder's config with the special ids of its tokenizer, and by default its size. UserError if it is smaller."""
+    if config.vocab_size is not None and config.vocab_size < tokenizer.size:
+        raise UserError(f"vocab_size {config.vocab_size} is less than the {tokenizer.size} tokens of the tokenizer")
+    return replace(config, vocab_size=config.vocab_size or tokenizer.size, specials=tokenizer.specials)
 
 
 def seed_of(identity: str, purpose: str) -> int:

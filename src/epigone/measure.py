@@ -5,7 +5,7 @@ from typing import Any
 
 from epigone import evaluate
 from epigone.data.tokenizers import Tokenizer
-from epigone.lineage import Node
+from epigone.lineage import Evaluation, Node
 from epigone.materials import Materials, seed_of
 from epigone.models.language_model import MAX_LENGTH, Document
 from epigone.view import View
@@ -17,12 +17,14 @@ WRITTEN_MARGIN = 1.25
 def measured(node: Node, record: dict[str, Any], materials: Materials, view: View) -> dict[str, Any]:
     """The record with everything that the lineage's evaluation asks for."""
     evaluation = materials.store.lineage.evaluation
+    if evaluation is None:
+        return record | {"measured_as": materials.store.measured_as(node)}
     model, tokenizer = materials.model(node), materials.tokenizer(node.tokenizer)
     view.stage("measure")
     held_out = materials.documents(evaluation.text, node.tokenizer)
-    contexts = evaluate.evaluation_contexts(held_out, evaluation.contexts, evaluation.seed, longest=_longest(node))
-    whole = evaluation.text.skip == 0 and evaluation.text.tokens is None
-    sizes = _byte_counts(materials.strings(evaluation.text), held_out, tokenizer) if whole else None
+    at = {"longest": _longest(node), "eos": tokenizer.specials.eos}
+    contexts = evaluate.evaluation_contexts(held_out, evaluation.contexts, evaluation.seed, **at)
+    sizes = _byte_counts(materials.texts(evaluation.text, node.tokenizer), held_out, tokenizer)
     record["metrics"] = evaluate.evaluate_model(model, held_out, sizes, contexts)
     record["agreement"] = {
         other.key: evaluate.compare_models(model, materials.model(other), contexts.prefixes)
@@ -32,7 +34,7 @@ def measured(node: Node, record: dict[str, Any], materials: Materials, view: Vie
     record["predictions"] = evaluate.predictions(model, prompts, tokenizer)
     if evaluation.write_tokens:
         view.stage("write")
-        record["metrics"] |= _measure_writing(node, model, materials, record)
+        record["metrics"] |= _measure_writing(node, model, evaluation, materials, record)
     return record | {"measured_as": materials.store.measured_as(node)}
 
 
@@ -49,9 +51,11 @@ def _byte_counts(texts: Iterable[str], documents: list[Document], tokenizer: Tok
     return [len(text.encode()) for text in texts]
 
 
-def _measure_writing(node: Node, model: Any, materials: Materials, record: dict[str, Any]) -> dict[str, float]:
+def _measure_writing(
+    node: Node, model: Any, evaluation: Evaluation, materials: Materials, record: dict[str, Any]
+) -> dict[str, float]:
     """Measures of a text that the node writes, some of which the record keeps to be read."""
-    evaluation, tokenizer = materials.store.lineage.evaluation, materials.tokenizer(node.tokenizer)
+    tokenizer = materials.tokenizer(node.tokenizer)
     written = model.write(round(WRITTEN_MARGIN * evaluation.write_tokens), seed_of(record["identity"], "evaluate"))
     record["samples"] = [tokenizer.decode(ids) for ids in written[: evaluation.samples]]
     ancestor = materials.store.lineage.ancestor(node.key)

@@ -4,7 +4,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from epigone.lineage import Lineage, Node, TrainedTokenizer
-from epigone.materials import Materials, fill
+from epigone.materials import Materials, TokenizerConfig
 from epigone.models.ngram import NGram
 from epigone.store import Store, kind
 
@@ -48,6 +48,11 @@ def plan(lineage: Lineage, store: Store) -> list[PlannedNode]:
 
 def _plan_node(node: Node, lineage: Lineage, store: Store, materials: Materials) -> PlannedNode:
     row = PlannedNode(node.key, kind(node), store.record(node) is not None, tuple(key for key, _ in node.parents))
+    if node.lesson.source:
+        from epigone.models.decoder import parameter_count
+
+        count = parameter_count(node.model)
+        return replace(row, parameters=count, memory=count * (4 if node.model.weights_dtype == "float32" else 2))
     if isinstance(node.model, NGram):
         sizes = [source.tokens for source in node.lesson.text]
         tokens = None if None in sizes else sum(size or 0 for size in sizes)
@@ -75,8 +80,10 @@ def _plan_decoder(row: PlannedNode, node: Node, lineage: Lineage, materials: Mat
 
 def sized(node: Node, materials: Materials) -> Any:
     """A decoder's config with its vocabulary's size: its own, its tokenizer's config's, or its tokenizer's."""
-    return fill(node.model, _vocab_size(node.tokenizer, materials))
+    return replace(node.model, vocab_size=node.model.vocab_size or _vocab_size(node.tokenizer, materials))
 
 
-def _vocab_size(config: TrainedTokenizer, materials: Materials) -> int:
+def _vocab_size(config: TokenizerConfig, materials: Materials) -> int:
+    if not isinstance(config, TrainedTokenizer):
+        return config.vocab_size
     return getattr(config.algorithm, "vocab_size", None) or materials.tokenizer(config).size

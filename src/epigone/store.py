@@ -11,13 +11,14 @@ from typing import Any, TextIO
 from epigone import __version__
 from epigone.errors import Fault, UserError
 from epigone.identity import canonical, fingerprint
-from epigone.lineage import Lineage, Node, TrainedTokenizer, Written, did_you_mean
+from epigone.lineage import Lineage, Node, Written, did_you_mean
 
 
 class Store:
     """Paths and records of one run. A node's directory carries its identity, so a changed config never meets old files.
 
     RUN/lineage.json, RUN/tokenizers/<identity>.json and, in RUN/nodes/<key>-<identity>/: record.json, model/, text/.
+    Weights that came from files lie beside the data sets, in DATA/pretrained/<digest>/, once for all runs.
     """
 
     def __init__(self, run: Path, lineage: Lineage, data: Path | None = None) -> None:
@@ -28,12 +29,17 @@ class Store:
         """Where a node lives."""
         return self.run / "nodes" / f"{node.key}-{self.lineage.identities[node.key][:8]}"
 
+    def weights(self, node: Node) -> Path:
+        """Where its model lies."""
+        source = node.lesson.source
+        return self.data / "pretrained" / source.digest / "model" if source else self.directory(node) / "model"
+
     def written(self, source: Written) -> Path:
         """Where the text that a node writes for one kind of sampling lies."""
         return self.directory(self.lineage[source.by]) / "text" / fingerprint(source)[:8]
 
-    def tokenizer(self, config: TrainedTokenizer) -> Path:
-        """Where a trained tokenizer lies."""
+    def tokenizer(self, config: Any) -> Path:
+        """Where a tokenizer lies."""
         return self.run / "tokenizers" / f"{fingerprint(config)}.json"
 
     def record(self, node: Node) -> dict[str, Any] | None:
@@ -60,7 +66,8 @@ class Store:
 
     def compared(self, node: Node) -> list[str]:
         """Keys of the nodes with whose scores a node's are compared: its teacher, and what the evaluation names."""
-        wanted = dict.fromkeys([node.lesson.teacher, self.lineage.evaluation.compare.get(node.name)])
+        named = self.lineage.evaluation.compare if self.lineage.evaluation else {}
+        wanted = dict.fromkeys([node.lesson.teacher, named.get(node.name)])
         return [key for key in wanted if key]
 
     def write_record(self, node: Node, record: dict[str, Any]) -> None:
@@ -103,6 +110,10 @@ class Store:
             if node is not None:
                 stack.enter_context(_locked(self.directory(node) / "lock", fcntl.LOCK_EX))
             yield
+
+    def lock_weights(self, node: Node) -> contextlib.AbstractContextManager[TextIO]:
+        """Keep others out while this process imports weights, which other runs may want too."""
+        return _locked(self.weights(node).parent / "lock", fcntl.LOCK_EX)
 
 
 def kind(node: Node) -> str:

@@ -18,7 +18,7 @@ from epigone.data import embedded, files
 from epigone.data.datasets import CARD, Documents, describe, open_splits, read_text, write_splits, write_text
 from epigone.errors import Fault, UserError
 
-__all__ = ["Documents", "Embedded", "TextFiles", "Tfds", "read_text", "slice_documents", "write_text"]
+__all__ = ["Documents", "Embedded", "TextFiles", "Tfds", "read_text", "slice_documents", "slice_indices", "write_text"]
 
 SHARES = (0.90, 0.05, 0.05)
 SPLITS = ("train", "validation", "test")
@@ -202,6 +202,11 @@ class Tfds:
 
 
 def slice_documents(documents: Sequence[np.ndarray], skip_tokens: int, tokens: int | None) -> list[np.ndarray]:
+    """The documents of `slice_indices`."""
+    return [documents[index] for index in slice_indices(documents, skip_tokens, tokens)]
+
+
+def slice_indices(documents: Sequence[np.ndarray], skip_tokens: int, tokens: int | None) -> list[int]:
     """Whole documents in a fixed shuffled order: leave out the first `skip_tokens` tokens, take `tokens` (None: all).
 
     Tokens count one eos a document. The document in which a number is reached belongs to the part that ends there, so
@@ -218,7 +223,7 @@ def slice_documents(documents: Sequence[np.ndarray], skip_tokens: int, tokens: i
     if first >= len(ends) or last > len(ends):
         wanted = f"{skip_tokens} to skip" + ("" if tokens is None else f" and {tokens} to take")
         raise UserError(f"the text has {total} tokens, too few for {wanted}")
-    return [documents[index] for index in order[first:last]]
+    return [int(index) for index in order[first:last]]
 
 
 def _prepared(

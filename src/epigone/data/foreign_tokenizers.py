@@ -43,7 +43,7 @@ class PretrainedTokenizer:
         bos: the token that is read before every document; None for the one that the tokenizer names.
     """
 
-    path: str = field(metadata={"identity": False})
+    path: str = field(compare=False, metadata={"identity": False})
     digest: str
     vocab_size: int
     bos: str | None = None

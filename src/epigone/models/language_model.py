@@ -1,6 +1,6 @@
 """What every model can do, whether it counts words or multiplies matrices."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
@@ -93,4 +93,18 @@ class LanguageModel(Protocol):
 
         Continuation j of prompt i is the same whatever else is asked for with the same seed.
         """
+        ...
+
+    def stream(
+        self,
+        prompts: Sequence[Document],
+        seed: int,
+        *,
+        samples: int = 1,
+        length: int = 64,
+        temperature: float = 1.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+    ) -> Iterator[tuple[int, int, Document]]:
+        """The texts of `sample` while they grow: index of the prompt, index of the sample, and its new tokens."""
         ...

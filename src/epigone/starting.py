@@ -1,0 +1,67 @@
+"""What a trained node begins with, where it starts from another: all of its weights, or those that it inherits."""
+
+from dataclasses import replace
+from typing import Any
+
+from epigone.data.pipeline import Batches
+from epigone.errors import UserError
+from epigone.lineage import Node
+from epigone.materials import Materials, fill
+from epigone.models.ngram import NGram
+
+CALIBRATION_BATCHES = 4
+"""Batches of the lesson's own text on which the parent's units are weighed."""
+
+
+def check_start(node: Node, materials: Materials) -> None:
+    """Refuse, before any work, a start that does not fit. Raises UserError that names both nodes."""
+    lesson, start = node.lesson, materials.store.lineage[node.lesson.start_from or ""]
+    where = f"node '{node.key}' starts from '{start.key}'"
+    if isinstance(start.model, NGram):
+        raise UserError(f"{where}, which counts words and has no weights to start from")
+    if start.tokenizer != node.tokenizer:
+        raise UserError(f"{where}, which reads another tokenizer: give both one tokenizer")
+    if lesson.inherit is None:
+        if _shape(start.model) != _shape(node.model):
+            raise UserError(f"{where}, which has another shape: give both one model, or say in 'inherit' what is taken")
+        return
+    from epigone.models.inherit import check
+
+    try:
+        check(_sized(start, materials), _sized(node, materials), lesson.inherit)
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from None
+
+
+def starting_weights(node: Node, materials: Materials, batches: Batches, seed: int) -> Any:
+    """The weights to start from, or None for a fresh start.
+
+    Args:
+        node: the node, checked by `check_start`.
+        materials: knows the parent.
+        batches: global batches of the lesson; the first of them weigh the parent's units.
+        seed: of the weights that are not inherited.
+    """
+    if node.lesson.start_from is None:
+        return None
+    import jax
+
+    parent: Any = materials.model(materials.store.lineage[node.lesson.start_from])
+    config, how = _sized(node, materials), node.lesson.inherit
+    if how is None:
+        return jax.tree.map(lambda array: array.astype(config.weights_dtype), parent.params)
+    from epigone.models import decoder
+    from epigone.models.inherit import inherit
+
+    drawn = (batches.batch(step) for step in range(CALIBRATION_BATCHES)) if how.needs_calibration else ()
+    calibration = [(batch.tokens_BT, batch.positions_BT, batch.segments_BT) for batch in drawn]
+    return inherit(parent.config, parent.params, config, decoder.init(config, seed), how, calibration)
+
+
+def _shape(model: Any) -> Any:
+    """A decoder's config without what says nothing about its weights' shapes and places."""
+    return replace(model, vocab_size=None, dtype="float32", weights_dtype="float32", remat=None, specials=None)
+
+
+def _sized(node: Node, materials: Materials) -> Any:
+    return fill(node.model, materials.tokenizer(node.tokenizer))
