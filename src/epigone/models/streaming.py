@@ -1,24 +1,34 @@
-"""Weights from files straight into their places on the mesh, block by block.
+"""Weights between files and their places on the mesh: read block by block, written tensor by tensor.
 
 Every device gets its part of each parameter once, empty, and a jitted update that takes it over (it is donated) fills
 it: so the host holds one block at a time, beside what the operating system keeps of the shard that is open. A process
 reads what its own devices need.
 """
 
+import contextlib
+import json
 import math
+import os
+import shutil
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
+from pathlib import Path
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from epigone.errors import Fault, UserError
 from epigone.models.config import DecoderConfig, layer_weights, outer_weights
 from epigone.models.decoder import abstract
-from epigone.models.huggingface_tensors import Box, Slot, Tensor, file_box, from_file
+from epigone.models.huggingface import find_family, tensor_plan, write_config
+from epigone.models.huggingface_families import Family
+from epigone.models.huggingface_tensors import Box, Slot, Tensor, file_box, from_file, to_file
+from epigone.models.safetensors_files import DTYPES, INDEX, SINGLE
 from epigone.models.sharding import Sharding, check
 from epigone.models.weight_files import WeightFiles, plan_of
 
@@ -28,7 +38,7 @@ BLOCK = 4 << 20
 _NO_MESH = Mesh(np.empty((), object), ())
 """Each part is filled by its device alone, whatever mesh is set."""
 
-Device = jax.Device | None
+Device: TypeAlias = "jax.Device | None"
 
 
 def load_weights(files: WeightFiles, config: DecoderConfig, sharding: Sharding = Sharding()) -> nnx.State:
@@ -115,3 +125,115 @@ def _blocks(tensor: Tensor, slot: Slot, edges: tuple[tuple[int, int], ...], item
     step = max(1, BLOCK // row) if row > 0 else 1
     for start in range(box[axis].start, box[axis].stop, step):
         yield (*box[:axis], slice(start, min(start + step, box[axis].stop)), *box[axis + 1 :])
+
+
+def save_weights(
+    folder: Path, config: DecoderConfig, params: nnx.State, family: Family | None = None, shard_bytes: int = 5 * 10**9
+) -> tuple[str, ...]:
+    """Write config.json and the safetensors that transformers reads, whole or not at all; the names of the files.
+
+    Tensor by tensor, in the type `config.weights_dtype`, without padded rows. Where several processes hold the
+    parameters, all must call this, and the first one writes.
+
+    Args:
+        folder: made if absent; it may hold other files, and no weights.
+        config: of the parameters.
+        params: from `load_weights`, `decoder.init` or a training.
+        family: a row of the table; by default the first one that represents the config.
+        shard_bytes: largest size of a file, unless one tensor alone is larger.
+
+    Raises:
+        UserError: no family represents the config, or the folder holds weights.
+        Fault: they cannot be written (a full disk).
+    """
+    values = write_config(config, family)
+    if any(folder.glob("*.safetensors*")):
+        raise UserError(f"'{folder}' holds weights already: name another folder")
+    dtype = np.dtype(config.weights_dtype)
+    shards = _shards(tensor_plan(config, find_family(values)), dtype.itemsize, shard_bytes)
+    arrays = {_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
+    beside = {"config.json": values} | ({INDEX: _index(shards, dtype.itemsize)} if len(shards) > 1 else {})
+    with _whole(folder) as place:
+        for name, tensors in shards.items():
+            gathered = (_gathered(tensor, arrays).astype(dtype, copy=False) for tensor in tensors)
+            _write_shard(place(name), dtype, tensors, gathered)
+        for name, value in beside.items():
+            place(name).write_text(json.dumps(value, indent=2) + "\n")
+    return (*shards, *beside)
+
+
+def _shards(plan: Sequence[Tensor], itemsize: int, limit: int) -> dict[str, list[Tensor]]:
+    """Tensors of each file, in order: a file is closed before it would grow beyond the limit."""
+    groups: list[list[Tensor]] = [[]]
+    size = 0
+    for tensor in plan:
+        more = itemsize * math.prod(tensor.shape)
+        if groups[-1] and size + more > limit:
+            groups.append([])
+            size = 0
+        groups[-1].append(tensor)
+        size += more
+    if len(groups) == 1:
+        return {SINGLE: groups[0]}
+    return {f"model-{i:05}-of-{len(groups):05}.safetensors": group for i, group in enumerate(groups, 1)}
+
+
+def _index(shards: Mapping[str, list[Tensor]], itemsize: int) -> dict[str, Any]:
+    where = {tensor.name: name for name, tensors in shards.items() for tensor in tensors}
+    total = itemsize * sum(math.prod(tensor.shape) for tensors in shards.values() for tensor in tensors)
+    return {"metadata": {"total_size": total}, "weight_map": where}
+
+
+def _gathered(tensor: Tensor, arrays: Mapping[str, jax.Array]) -> np.ndarray:
+    """A tensor of the file, from all devices of all processes."""
+    parts = []
+    for slot in tensor.slots:
+        part = np.asarray(_taken(arrays[slot.name], slot.index))
+        parts.append(part[tuple(slice(0, size) for size in slot.shape)])
+    return to_file(tensor, parts)
+
+
+def _taken(array: jax.Array, index: tuple[int, ...]) -> jax.Array:
+    """What lies at an index of the first axes, whole on every device."""
+    if not isinstance(array.sharding, NamedSharding):
+        return array[index]
+    with jax.set_mesh(array.sharding.mesh):
+        return jax.reshard(array[index], PartitionSpec())
+
+
+def _write_shard(path: Path, dtype: np.dtype, tensors: Sequence[Tensor], arrays: Iterable[np.ndarray]) -> None:
+    """The safetensors format: length of the header, header, and the tensors one after another."""
+    kind = next(name for name, known in DTYPES.items() if known == dtype)
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for tensor in tensors:
+        start, end = end, end + dtype.itemsize * math.prod(tensor.shape)
+        header[tensor.name] = {"dtype": kind, "shape": tensor.shape, "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for array in arrays:
+            file.write(array.reshape(-1).view(np.uint8))
+        file.flush()
+        os.fsync(file.fileno())
+
+
+@contextlib.contextmanager
+def _whole(folder: Path) -> Iterator[Callable[[str], Path]]:
+    """Where to write each file; all appear in the folder when the body has ended, or none."""
+    if jax.process_index() > 0:
+        yield lambda name: Path(os.devnull)
+        return
+    hidden = folder / f".weights.{os.getpid()}.tmp"
+    try:
+        hidden.mkdir(parents=True)
+        yield lambda name: hidden / name
+        for path in sorted(hidden.iterdir(), reverse=True):  # config.json, without which no folder is a model, is last
+            path.replace(folder / path.name)
+    except OSError as error:
+        raise Fault(
+            f"could not write the weights in '{folder}' ({error.strerror or error}): make room there"
+        ) from error
+    finally:
+        shutil.rmtree(hidden, ignore_errors=True)
