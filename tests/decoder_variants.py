@@ -7,7 +7,6 @@ import numpy as np
 
 from epigone.models.config import DecoderConfig
 from epigone.models.decoder import init
-from epigone.models.language_model import Specials
 from epigone.models.layers import exact_gelu, gelu, layer_norm, learned, offset_rms_norm, save_nothing
 from epigone.models.rope import LinearScaling, Llama3Scaling, LongRopeScaling, YarnScaling
 
@@ -39,7 +38,6 @@ VARIANTS = {
         experts_per_token=2,
         normalise_experts=False,
         tied=False,
-        specials=Specials(never=()),
     ),
     "gemma2": dataclasses.replace(
         LLAMA,
@@ -75,7 +73,6 @@ VARIANTS = {
         rope_fraction=0.75,
         rope_scaling=LongRopeScaling((1.0, 1.5, 2.0), (1.0, 4.0, 8.0), 64, 2.0),
         window=5,
-        specials=Specials(pad=2, bos=3, eos=3, unk=None, stops=(5,), never=(2, 36)),
     ),
     "mixed": dataclasses.replace(
         LLAMA, activation=exact_gelu, norm=layer_norm, qk_norm=True, **BIASES, remat=save_nothing, vocab_size=40

@@ -13,12 +13,14 @@ from flax import nnx
 from epigone.errors import UserError
 from epigone.models.config import DecoderConfig
 from epigone.models.decoder import abstract, apply, flops_per_token, init, parameter_count, structure
+from epigone.models.language_model import Specials
 from epigone.models.layers import learned, save_nothing, save_products
 
 LONG = dataclasses.replace(VARIANTS["phi3"].rope_scaling, original_max_length=8)
+FOREIGN = Specials(pad=2, bos=3, eos=3, unk=None, stops=(5,), never=(2, 36))
 FAMILIES = VARIANTS | {
-    "phi3_long": dataclasses.replace(VARIANTS["phi3"], rope_scaling=LONG),
-    "mixtral": dataclasses.replace(LLAMA, experts=4, gated=False, remat=save_nothing),
+    "phi3_long": dataclasses.replace(VARIANTS["phi3"], rope_scaling=LONG, specials=FOREIGN),
+    "mixtral": dataclasses.replace(LLAMA, experts=4, gated=False, remat=save_nothing, specials=Specials(never=())),
 }
 every_variant = pytest.mark.parametrize("config", FAMILIES.values(), ids=FAMILIES.keys())
 forward = jax.jit(apply, static_argnums=0)
@@ -57,7 +59,11 @@ def test_no_gradient_from_the_future_or_from_another_document(config):
         return shifted.logits(shifted(tokens, positions, segments)) @ probe_V
 
     never = [0, *config.specials.never]
-    probe_V = jnp.asarray(np.random.default_rng(1).standard_normal(config.vocab_size), jnp.float32).at[jnp.array(never)].set(0)
+    probe_V = (
+        jnp.asarray(np.random.default_rng(1).standard_normal(config.vocab_size), jnp.float32)
+        .at[jnp.array(never)]
+        .set(0)
+    )
     zero = jnp.zeros((*tokens.shape, config.model_size))
     jacobian = jax.jit(jax.jacrev(logit_sums))(zero, probe_V)  # [B, T, B, S, D]
     size = np.abs(np.asarray(jacobian)).max(-1)
