@@ -1,3 +1,5 @@
+import tracemalloc
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -119,3 +121,22 @@ def test_a_closer_student_measures_closer(bigram, places):
 def test_different_vocabularies_are_refused(bigram, places):
     with pytest.raises(UserError, match=r"\[15, 16\]"):
         compare_models(bigram.drawn(15, 0), bigram.drawn(16, 0), places)
+
+
+def test_memory_does_not_grow_with_the_places_of_a_large_vocabulary():
+    """262,144 tokens: one array of all scores would take 2 MiB a place."""
+
+    class Large:
+        vocab_size = 2**18
+
+        def next_log_probs(self, contexts):
+            return np.broadcast_to(np.float32(-np.log(self.vocab_size)), (len(contexts), self.vocab_size))
+
+    def peak(count):
+        tracemalloc.start()
+        compare_models(Large(), Large(), [np.array([3])] * count)
+        most = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        return most
+
+    assert peak(32) < 1.1 * peak(8) < 512 * 2**20

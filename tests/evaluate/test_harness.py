@@ -1,9 +1,11 @@
 """lm-evaluation-harness on tiny models: its figures are those that follow from the models' own probabilities."""
 
 import json
+import re
 from functools import partial
 from types import SimpleNamespace
 
+import datasets
 import jax
 import lm_eval
 import numpy as np
@@ -187,6 +189,61 @@ def test_sampled_answers_differ_and_repeat(models):
     assert len(set(first)) > 2
 
 
+class Talker:
+    """A tokenizer with a chat template that spells bos out, and one special token beside it."""
+
+    chat_template = "a template"
+    identity = "talker"
+    special = ("<s>", "<turn>")
+
+    def encode(self, text, specials=False):
+        pieces = re.split(r"(<s>|<turn>)", text) if specials else [text]
+        spelled = [[1 + self.special.index(p)] if p in self.special else [4 + ord(c) % 30 for c in p] for p in pieces]
+        return np.array([i for one in spelled for i in one], np.int32)
+
+    def render_chat(self, messages, add_generation_prompt=True):
+        return "<s>" + "".join(f"<turn>{m['content']}" for m in messages) + "<turn>" * add_generation_prompt
+
+
+def test_a_chat_is_read_with_its_special_tokens_and_one_bos(trigram):
+    lm = HarnessModel(trigram, Talker(), chat=True)
+    prompt = lm.apply_chat_template([{"role": "user", "content": "ab"}])
+    assert (prompt, lm.chat_template(True), lm.tokenizer_name) == ("<s><turn>ab<turn>", "a template", "talker")
+    asked_for = []
+    lm.score = lambda pieces: [asked_for.append(piece) or (0.0, True) for piece in pieces]
+    lm.loglikelihood(asked((prompt, "c")))
+    a, b, c = Talker().encode("abc")
+    np.testing.assert_array_equal(asked_for[0].inputs_T, [1, 2, a, b, 2])
+    np.testing.assert_array_equal(asked_for[0].targets_C, [c])
+    mere_text = HarnessModel(trigram, Talker())
+    mere_text.score = lm.score
+    mere_text.loglikelihood(asked((prompt, "c")))
+    assert len(asked_for[1].inputs_T) == 1 + len(prompt)
+
+
+def test_without_a_chat_template_one_line_says_so(trigram, words):
+    with pytest.raises(UserError, match="no chat template"):
+        HarnessModel(trigram, words, chat=True).apply_chat_template([{"role": "user", "content": "a"}])
+
+
+def test_nothing_more_is_written_when_every_answer_has_ended(trigram, words):
+    class Slow:
+        """Writes one word at a time and counts them."""
+
+        specials, drawn = trigram.specials, 0
+
+        def stream(self, prompts, seed, **_):
+            for token in words.encode("the old cat sees the king by the river"):
+                for index in range(len(prompts)):
+                    self.drawn += 1
+                    yield index, 0, np.array([token], np.int32)
+
+    slow = Slow()
+    lm = HarnessModel(slow, words)
+    assert lm.generate_until(asked(*[("", {"until": ["sees"]})] * 3)) == ["the old cat "] * 3
+    assert slow.drawn == 3 * 4
+
+
 def test_how_answers_are_written():
     assert answer_of({}, None) == ((), 256, 1.0, 1, 1.0)
     assert answer_of({"until": ["\n", ""], "temperature": 0.0}, 64) == (("\n",), 32, 1.0, 1, 1.0)
@@ -243,7 +300,7 @@ def write_tasks(folder, rows):
 
 @both
 def test_the_harness_finds_what_the_probabilities_say(name, models, words, tmp_path, monkeypatch):
-    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     lm = models[name]
     questions = ["The old cat", "The small dog sees the", "The loud king likes"]
     said = lm.generate_until(asked(*((q, {"until": ["."], "max_gen_toks": 6}) for q in questions)))

@@ -10,6 +10,7 @@ from epigone.evaluate.quality import (
     likelihood,
     nats_per_token,
     nats_per_token_error,
+    paired_difference,
     perplexity,
     possible_nats_per_token,
 )
@@ -34,6 +35,31 @@ def test_hand_computed():
     # y = (6, 4), n = (3, 1), R = 2.5: residuals -1.5 and 1.5; sqrt(2 * 4.5) / 4.
     assert nats_per_token_error(text) == pytest.approx(0.75)
     assert bits_per_byte(text, [12, 8]) == pytest.approx(10 / np.log(2) / 20)
+
+
+def test_paired_difference_by_hand():
+    """Gaps 2 and -1 of sizes 3 and 1: 1/4; residuals 1.25 and -1.25, sqrt(2 * 3.125) / 4."""
+    first, second = scored([-1.0, -2.0, -3.0], [-4.0]), scored([-1.0, -2.0, -1.0], [-5.0])
+    assert paired_difference(first, second, first.events_M) == pytest.approx((0.25, 0.625))
+    assert paired_difference(second, first, first.events_M)[0] == -0.25
+    assert paired_difference(first, first, np.array([10, 20])) == (0, 0)
+    assert np.isnan(paired_difference(first, scored([-1.0, -np.inf, -1.0], [-1.0]), first.events_M)).all()
+
+
+def test_the_error_of_a_paired_difference_is_its_spread(bigram):
+    """Over texts drawn anew; the error as if the two models had read different texts would be far above it."""
+    truth = bigram.drawn(12, 0, concentration=2.0)
+    near = bigram(0.9 * np.exp(truth.scores_VV) + 0.1 * np.exp(bigram.drawn(12, 1).scores_VV))
+    gaps, errors, unpaired = [], [], []
+    for seed in range(60):
+        documents = truth.write(400, seed)
+        one, other = likelihood(near, documents), likelihood(truth, documents)
+        gap, error = paired_difference(one, other, one.events_M)
+        gaps.append(gap)
+        errors.append(error)
+        unpaired.append(np.hypot(nats_per_token_error(one), nats_per_token_error(other)))
+    assert np.mean(errors) == pytest.approx(np.std(gaps), rel=0.25)
+    assert np.mean(unpaired) > 2 * np.std(gaps)
 
 
 def test_uniform_model_has_its_vocabulary_as_perplexity(bigram):

@@ -151,9 +151,19 @@ class HarnessModel(LM):
         return ids[len(ids) - min(room, len(ids)) :]
 
     def _answers(self, prompts: list[Document], how: "Answer", first: int) -> list[str]:
+        """The answers to prompts side by side; when each has met a stop string, nothing more is written."""
         knobs: dict[str, Any] = {"temperature": how.temperature, "top_k": how.top_k, "top_p": how.top_p}
-        written = self.model.sample(prompts, (self.seed + first) % 2**31, length=how.length, **knobs)
-        return [_cut(self._tokenizer.decode(texts[0]), how.until) for texts in written]
+        seed = (self.seed + first) % 2**31
+        written: list[list[Document]] = [[] for _ in prompts]
+        texts, going_on = [""] * len(prompts), set(range(len(prompts)))
+        for prompt, _, tokens in self.model.stream(prompts, seed, length=how.length, **knobs):
+            written[prompt].append(tokens)
+            texts[prompt] = self._tokenizer.decode(np.concatenate(written[prompt]))
+            if any(stop in texts[prompt] for stop in how.until):
+                going_on.discard(prompt)
+            if not going_on:
+                break
+        return [_cut(text, how.until) for text in texts]
 
 
 class Answer(NamedTuple):
