@@ -7,6 +7,7 @@ from epigone.data.pipeline import Batches
 from epigone.errors import UserError
 from epigone.lineage import Node
 from epigone.materials import Materials, fill
+from epigone.models.language_model import Specials
 from epigone.models.ngram import NGram
 
 CALIBRATION_BATCHES = 4
@@ -60,7 +61,7 @@ def starting_weights(node: Node, materials: Materials, batches: Batches, seed: i
 
 def _shape(model: Any) -> Any:
     """A decoder's config without what says nothing about its weights' shapes and places."""
-    return replace(model, vocab_size=None, dtype="float32", weights_dtype="float32", remat=None, specials=None)
+    return replace(model, vocab_size=None, dtype="float32", weights_dtype="float32", remat=None, specials=Specials())
 
 
 def _sized(node: Node, materials: Materials) -> Any:

