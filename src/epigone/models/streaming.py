@@ -195,9 +195,10 @@ def _gathered(tensor: Tensor, arrays: Mapping[str, jax.Array]) -> np.ndarray:
 
 def _taken(array: jax.Array, index: tuple[int, ...]) -> jax.Array:
     """What lies at an index of the first axes, whole on every device."""
-    if not isinstance(array.sharding, NamedSharding):
+    mesh = array.sharding.mesh if isinstance(array.sharding, NamedSharding) else None
+    if not isinstance(mesh, Mesh):
         return array[index]
-    with jax.set_mesh(array.sharding.mesh):
+    with jax.set_mesh(mesh):
         return jax.reshard(array[index], PartitionSpec())
 
 
@@ -214,7 +215,7 @@ def _write_shard(path: Path, dtype: np.dtype, tensors: Sequence[Tensor], arrays:
     with path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for array in arrays:
-            file.write(array.reshape(-1).view(np.uint8))
+            file.write(array.reshape(-1).view(np.uint8).data)
         file.flush()
         os.fsync(file.fileno())
 
