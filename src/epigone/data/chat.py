@@ -1,11 +1,13 @@
 """Chat templates: messages to text, rendered in a sandbox as transformers renders them, and within bounds.
 
 A template is a program that came with someone's weights. Jinja's sandbox keeps it from Python's internals; here its
-loops, its calls and its strings are counted as well, since a sandboxed loop may still run for ever.
+loops and calls are counted as well, and strings and lists may not grow beyond a bound where they are joined, repeated
+or padded, since a sandboxed loop may still run for ever and a sandboxed string fill the memory.
 """
 
 import functools
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from typing import Any
@@ -15,11 +17,14 @@ from jinja2 import ext, nodes, parser, runtime, sandbox, utils, visitor
 
 from epigone.errors import UserError
 
-MOST_STEPS = 1_000_000
+MOST_STEPS = 250_000
 """Loop iterations and calls of one rendering; real templates need some dozens a message."""
 
 LONGEST = 2**24
 """Characters of a text, or items of a list, that a template may make."""
+
+_PADDING = ("batch", "center", "format", "indent", "slice")
+"""Filters whose result is as long as a number says."""
 
 REASONING = ("reasoning_content", "thinking", "reasoning")
 """Names under which messages carry what was thought; templates read the first, one family the second."""
@@ -76,7 +81,7 @@ class _Environment(sandbox.ImmutableSandboxedEnvironment):
         super().__init__(trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, ext.loopcontrols])
         self.steps = 0
         self.filters.update(tojson=_to_json, counted=self.counted, bounded=_bounded)
-        self.filters.update({name: _guarded(self.filters[name]) for name in ("batch", "center", "indent", "slice")})
+        self.filters.update({name: _guarded(self.filters[name]) for name in _PADDING})
         self.globals.update(
             raise_exception=_refuse, strftime_now=_now, dict=_Dict(), namespace=_Namespace, range=self.range
         )
@@ -87,6 +92,8 @@ class _Environment(sandbox.ImmutableSandboxedEnvironment):
     def call(__self, __context: runtime.Context, __obj: Any, *args: Any, **kwargs: Any) -> Any:
         # The names are Jinja's, so that a template may call with an argument named `self`.
         __self.spend(1)
+        if getattr(__obj, "__name__", "") in ("format", "format_map"):
+            _check_widths(getattr(getattr(__obj, "__wrapped__", __obj), "__self__", ""))
         _check_numbers(*args, *kwargs.values())
         return _bounded(super().call(__context, __obj, *args, **kwargs))
 
@@ -96,7 +103,13 @@ class _Environment(sandbox.ImmutableSandboxedEnvironment):
             _check(times * len(items))
         elif operator in ("*", "**") and isinstance(left, int) and isinstance(right, int):
             _check(left.bit_length() * (abs(right) if operator == "**" else 1))
+        elif operator == "%":
+            _check_widths(left)
         return _bounded(super().call_binop(context, operator, left, right))
+
+    def unsafe_undefined(self, obj: Any, attribute: str) -> jinja2.Undefined:
+        # Jinja's own is silent until the value is used.
+        raise jinja2.exceptions.SecurityError(f"it reads '{attribute}' of a {type(obj).__name__}")
 
     def spend(self, steps: int) -> None:
         self.steps += steps
@@ -183,6 +196,12 @@ def _check_numbers(*values: Any) -> None:
             _check(abs(value))
 
 
+def _check_widths(form: Any) -> None:
+    """Widths inside a format string; one that is an argument (`*`) is no template's business."""
+    if isinstance(form, str):
+        _check(max(map(int, re.findall(r"\d{1,12}", form)), default=0) if "%*" not in form else LONGEST + 1)
+
+
 def _bounded(value: Any) -> Any:
     if isinstance(value, str | list | tuple | dict):
         _check(len(value))
@@ -193,6 +212,8 @@ def _guarded(filter: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(filter)
     def guarded(*args: Any, **kwargs: Any) -> Any:
         _check_numbers(*args, *kwargs.values())
+        for value in args if filter.__name__ == "do_format" else ():
+            _check_widths(value)
         return filter(*args, **kwargs)
 
     return guarded
