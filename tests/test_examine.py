@@ -77,6 +77,8 @@ def test_a_part_of_the_text_is_the_part_that_a_lineage_takes(folder):
 
     found = examined(on_corpus(folder, "pieces", tokens=100, contexts=5))
     nats = -sum(float(scores.sum()) for scores in opened.model.log_probs(documents))
+    ends = -np.mean([scores[-1] for scores in opened.model.log_probs(documents)])
+    assert found["node"]["nats_per_end"] == pytest.approx(ends)
     assert found["documents"] == len(documents) < len(whole.texts)
     assert found["node"]["bits_per_byte"] == pytest.approx(nats / np.log(2) / sum(len(t.encode()) for t in part.texts))
 

@@ -11,6 +11,7 @@ ROWS: tuple[tuple[str, str, str], ...] = (
     ("nats_per_token", "nats a token", "{:.4f}"),
     ("nats_per_possible_token", "nats a possible token", "{:.4f}"),
     ("impossible", "impossible tokens", "{:.2%}"),
+    ("nats_per_end", "nats an end of document", "{:.4f}"),
     ("bits_per_byte", "bits a byte", "{:.4f}"),
     ("ece", "ECE, 15 equal bins", "{:.4f}"),
     ("ece_adaptive", "ECE, equal counts", "{:.4f}"),

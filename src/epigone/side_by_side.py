@@ -33,9 +33,9 @@ def measure(nodes: Sequence[OpenedNode], held_out: HeldOut, contexts: int, seed:
         seed: chooses them.
 
     Returns:
-        `node` and `teacher` with the figures of `evaluate_model`, `seconds` and `tokens_per_second`; of two nodes that
-        share a tokenizer `agreement` (`compare_models`); `difference`, node less teacher, with standard errors over
-        documents; `notes`: a line for each figure that has no meaning here, and why.
+        `node` and `teacher` with the figures of `evaluate_model`, `nats_per_end`, `seconds` and `tokens_per_second`; of
+        two nodes that share a tokenizer `agreement` (`compare_models`); `difference`, node less teacher, with standard
+        errors over documents; `notes`: a line for each figure that has no meaning here, and why.
     """
     texts = {opened.tokenizer.identity: encoded(held_out.texts, opened.tokenizer) for opened in nodes}
     own = [texts[opened.tokenizer.identity] for opened in nodes]
@@ -46,6 +46,7 @@ def measure(nodes: Sequence[OpenedNode], held_out: HeldOut, contexts: int, seed:
         likelihood, seconds = _scored(opened, text.documents)
         scores.append(likelihood)
         figures = text_metrics(likelihood, None if text.lost else text.byte_counts)
+        figures["nats_per_end"] = quality.nats_per_end(likelihood)
         speed = {"seconds": seconds, "tokens_per_second": figures["tokens_evaluated"] / seconds}
         found[role] = named(opened) | figures | speed
     for group in [(0, 1)] if same else [(i,) for i in range(len(nodes))]:
@@ -72,10 +73,7 @@ def _scored(opened: OpenedNode, documents: Sequence[Document]) -> tuple[Likeliho
         for chunk in chunks:
             parts.append(quality.likelihood(model, [documents[i] for i in chunk]))
             advance(int(parts[-1].events_M.sum()))
-    back = np.argsort(order)
-    joined = functools.reduce(Likelihood.__add__, parts)
-    rows = (joined.nats_M[back], joined.events_M[back], joined.impossible_M[back])
-    return Likelihood(*rows), time.perf_counter() - began
+    return functools.reduce(Likelihood.__add__, parts)[np.argsort(order)], time.perf_counter() - began
 
 
 def _at_contexts(

@@ -8,6 +8,7 @@ from epigone.evaluate.quality import (
     bits_per_byte,
     impossible_share,
     likelihood,
+    nats_per_end,
     nats_per_token,
     nats_per_token_error,
     paired_difference,
@@ -35,6 +36,8 @@ def test_hand_computed():
     # y = (6, 4), n = (3, 1), R = 2.5: residuals -1.5 and 1.5; sqrt(2 * 4.5) / 4.
     assert nats_per_token_error(text) == pytest.approx(0.75)
     assert bits_per_byte(text, [12, 8]) == pytest.approx(10 / np.log(2) / 20)
+    assert nats_per_end(text) == 3.5
+    assert np.array_equal(text[np.array([1, 0])].nats_M, [4, 6])
 
 
 def test_paired_difference_by_hand():
@@ -111,7 +114,7 @@ def test_error_matches_the_spread_of_repeated_texts(bigram):
 def test_error_of_dependent_tokens_is_above_the_naive_one():
     # All tokens of a document cost the same: ten tokens tell no more than one.
     costs = np.random.default_rng(0).normal(3, 1, 200)
-    text = Likelihood(costs * 10, np.full(200, 10), np.zeros(200, dtype=int))
+    text = Likelihood(costs * 10, np.full(200, 10), np.zeros(200, dtype=int), costs)
     naive = np.std(np.repeat(costs, 10)) / np.sqrt(2000)
     assert nats_per_token_error(text) == pytest.approx(np.std(costs, ddof=1) / np.sqrt(200))
     assert nats_per_token_error(text) > 3 * naive

@@ -22,18 +22,25 @@ class Likelihood:
         nats_M: -sum of log p over the document's events that are possible under the model.
         events_M: predicted events: its tokens and its eos.
         impossible_M: events to which the model gives probability 0 (an unsmoothed n-gram does).
+        end_nats_M: the part of `nats_M` that the document's eos cost.
     """
 
     nats_M: np.ndarray
     events_M: np.ndarray
     impossible_M: np.ndarray
+    end_nats_M: np.ndarray
 
     def __add__(self, other: "Likelihood") -> "Likelihood":
         return Likelihood(
             np.concatenate([self.nats_M, other.nats_M]),
             np.concatenate([self.events_M, other.events_M]),
             np.concatenate([self.impossible_M, other.impossible_M]),
+            np.concatenate([self.end_nats_M, other.end_nats_M]),
         )
+
+    def __getitem__(self, order: np.ndarray) -> "Likelihood":
+        """The scores of some documents, in the order of their indices."""
+        return Likelihood(self.nats_M[order], self.events_M[order], self.impossible_M[order], self.end_nats_M[order])
 
 
 def likelihood(model: LanguageModel, documents: Sequence[Document], *, cut_at: int | None = None) -> Likelihood:
@@ -56,9 +63,10 @@ def likelihood(model: LanguageModel, documents: Sequence[Document], *, cut_at: i
         if not np.all(scored <= 1e-3):
             raise Fault(f"a model's log-probability is {np.max(scored)}: it must be a number and at most 0")
         possible = scored > IMPOSSIBLE
-        sums.append((-scored[possible].sum(), events, events - np.count_nonzero(possible)))
-    nats_M, events_M, impossible_M = np.array(sums, dtype=np.float64).reshape(-1, 3).T
-    return Likelihood(nats_M, events_M.astype(np.int64), impossible_M.astype(np.int64))
+        end = -scored[-1] if events > len(document) and possible[-1] else 0.0
+        sums.append((-scored[possible].sum(), events, events - np.count_nonzero(possible), end))
+    nats_M, events_M, impossible_M, end_nats_M = np.array(sums, dtype=np.float64).reshape(-1, 4).T
+    return Likelihood(nats_M, events_M.astype(np.int64), impossible_M.astype(np.int64), end_nats_M)
 
 
 def nats_per_token(text: Likelihood) -> float:
@@ -126,6 +134,17 @@ def paired_difference(first: Likelihood, second: Likelihood, size_M: np.ndarray)
         return float("nan"), float("nan")
     gap_M, size_M = first.nats_M - second.nats_M, np.asarray(size_M, np.float64)
     return float(gap_M.sum() / size_M.sum()), ratio_error(gap_M, size_M)
+
+
+def nats_per_end(text: Likelihood) -> float:
+    """Mean nats that the end of a document costs; inf if an event of the text is impossible.
+
+    High for a model that never learned where such documents end, such as one made for conversations: then the other
+    figures tell less of the text than of that.
+    """
+    if text.impossible_M.any():
+        return float("inf")
+    return float(text.end_nats_M.mean()) if len(text.end_nats_M) else float("nan")
 
 
 def bits_per_byte(text: Likelihood, byte_counts: Sequence[int]) -> float:
