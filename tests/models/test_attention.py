@@ -13,13 +13,13 @@ def arrays(B=2, T=9, N=4, K=2, H=6):
     return tuple(rng.standard_normal(shape).astype(np.float32) for shape in ((B, T, N, H), (B, T, K, H), (B, T, K, H)))
 
 
-def naive(q, k, v, mask, cap):
+def naive(q, k, v, mask, cap, scale):
     q, k, v = (x.astype(np.float64) for x in (q, k, v))
     out = np.zeros_like(q)
-    B, T, N, H = q.shape
+    B, T, N = q.shape[:3]
     for b, t, n in np.ndindex(B, T, N):
         head = n * k.shape[2] // N
-        scores = k[b, :, head] @ q[b, t, n] / np.sqrt(H)
+        scores = k[b, :, head] @ q[b, t, n] * scale
         scores = scores if cap is None else cap * np.tanh(scores / cap)
         weights = np.exp(scores) * mask[b, t]
         out[b, t, n] = weights @ v[b, :, head] / weights.sum()
@@ -38,14 +38,17 @@ def test_equals_a_loop_in_float64(window, cap):
         ]
     )
     np.testing.assert_array_equal(causal_mask(jnp.asarray(segments), window), mask)
-    np.testing.assert_allclose(jax.jit(xla_attention)(q, k, v, mask, cap), naive(q, k, v, mask, cap), atol=1e-6)
+    for scale in (6**-0.5, 1.7):
+        expected = naive(q, k, v, mask, cap, scale)
+        np.testing.assert_allclose(jax.jit(xla_attention)(q, k, v, mask, cap, scale), expected, atol=2e-6)
 
 
 def test_equals_the_implementation_that_jax_ships():
     q, k, v = arrays(T=16)
     mask = causal_mask(jnp.ones((2, 16), jnp.int32), None)
-    expected = jax.nn.dot_product_attention(q, k, v, is_causal=True)
-    np.testing.assert_allclose(xla_attention(q, k, v, mask, None), expected, atol=1e-6)
+    for scale in (6**-0.5, 0.2):
+        expected = jax.nn.dot_product_attention(q, k, v, is_causal=True, scale=scale)
+        np.testing.assert_allclose(xla_attention(q, k, v, mask, None, scale), expected, atol=1e-6)
 
 
 @pytest.mark.parametrize(

@@ -12,9 +12,10 @@ from flax import nnx
 
 from epigone.errors import UserError
 from epigone.models.config import DecoderConfig
-from epigone.models.decoder import abstract, apply, flops_per_token, init, parameter_count, structure
+from epigone.models.decoder import abstract, apply, by_layer, flops_per_token, init, parameter_count, structure
 from epigone.models.language_model import Specials
 from epigone.models.layers import learned, save_nothing, save_products
+from epigone.models.rope import LinearScaling, LongRopeScaling
 
 LONG = dataclasses.replace(VARIANTS["phi3"].rope_scaling, original_max_length=8)
 FOREIGN = Specials(pad=2, bos=3, eos=3, unk=None, stops=(5,), never=(2, 36))
@@ -180,6 +181,67 @@ def test_flops_by_hand():
     assert flops_per_token(windowed, 5, training=False) == round(flops_per_token(config, 5, training=False) - saved)
 
 
+def test_flops_of_experts_are_those_of_the_active_ones():
+    """Two of four experts cost what two feed-forwards cost, and the router; all four are stored."""
+    moe = dataclasses.replace(LLAMA, experts=4, experts_per_token=2)
+    router, one = 16 * 4, 3 * 16 * 24
+    extra = 2 * LLAMA.layers * (one + router)
+    assert flops_per_token(moe, 5, training=False) == flops_per_token(LLAMA, 5, training=False) + extra
+    assert parameter_count(moe) == parameter_count(LLAMA) + LLAMA.layers * (3 * one + router)
+
+
+def test_flops_count_the_window_in_its_own_layers():
+    pattern = dataclasses.replace(LLAMA, layers=3, window=2, window_pattern=(True, False))
+    everywhere, nowhere = (dataclasses.replace(pattern, window_pattern=(on,)) for on in (True, False))
+    assert pattern.windowed_layers == (True, False, True)
+    both = 2 * flops_per_token(everywhere, 6, training=False) + flops_per_token(nowhere, 6, training=False)
+    assert flops_per_token(pattern, 6, training=False) == pytest.approx(both / 3, abs=1)
+    assert nowhere.windowed_layers == dataclasses.replace(pattern, window=None).windowed_layers == (False,) * 3
+
+
+def test_layers_of_one_kind_leave_nothing_to_choose():
+    unbound, bound = (jnp.zeros(2), None), (jnp.ones(2), None)
+    windowed = dataclasses.replace(LLAMA, window=3)
+    for config, expected in ((LLAMA, unbound), (windowed, bound)):
+        kinds, choose = by_layer(config, unbound, bound)
+        assert kinds is None
+        assert choose(kinds) is expected
+    kinds, choose = by_layer(dataclasses.replace(windowed, window_pattern=(False, True)), unbound, bound)
+    np.testing.assert_array_equal([choose(kind)[0] for kind in kinds], [[0, 0], [1, 1]])
+    model = nnx.merge(structure(LLAMA), init(LLAMA, 0))
+    whole, local = model.angles(jnp.zeros((1, 2), jnp.int32))
+    assert whole is local
+
+
+def test_a_window_as_long_as_the_row_changes_nothing():
+    config = dataclasses.replace(LLAMA, window=12, window_pattern=(True, False))
+    params, batch = spread_params(config), rows(config)
+    np.testing.assert_allclose(forward(config, params, *batch), forward(LLAMA, params, *batch), atol=1e-6)
+
+
+def test_stored_types_and_computed_types_are_two_things():
+    for name in ("gemma3", "qwen3_moe", "gpt2"):
+        stored = dataclasses.replace(VARIANTS[name], weights_dtype="bfloat16")
+        params, batch = spread_params(stored), rows(stored)
+        params = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
+        assert all(x.dtype == jnp.bfloat16 for x in jax.tree.leaves((init(stored, 0), abstract(stored))))
+        widened = jax.tree.map(lambda x: x.astype(jnp.float32), params)
+        exact = forward(VARIANTS[name], widened, *batch)
+        np.testing.assert_allclose(forward(stored, params, *batch), exact, atol=1e-5)
+        low = dataclasses.replace(stored, dtype="bfloat16")
+        hidden = nnx.merge(structure(low), init(low, 0))(*batch)
+        assert hidden.dtype == jnp.bfloat16
+        assert np.isfinite(np.asarray(hidden, np.float32)).all()
+
+
+def test_what_is_never_predicted_is_the_configs_choice():
+    batch, open_config = rows(LLAMA), dataclasses.replace(LLAMA, specials=Specials(never=()))
+    params = spread_params(LLAMA)
+    free, closed = forward(open_config, params, *batch), forward(LLAMA, params, *batch)
+    assert float(free.min()) > -1e6
+    np.testing.assert_array_equal(free[..., 2:], closed[..., 2:])
+
+
 def test_initial_loss_is_that_of_a_uniform_guess():
     config = dataclasses.replace(LLAMA, vocab_size=500, model_size=64, layers=6, ff_size=None)
     logits = forward(config, init(config, 0), *rows(config))
@@ -215,6 +277,21 @@ def test_bad_configs_are_refused_with_their_values():
         ({"dtype": "float8"}, "float8"),
         ({"layers": 0}, "layers is 0"),
         ({"window": 0}, "window is 0"),
+        ({"window": 3, "window_pattern": ()}, "window_pattern is empty"),
+        ({"weights_dtype": "int8"}, "weights_dtype 'int8'"),
+        ({"rope_fraction": 1.5}, "rope_fraction 1.5 of 4 features rotates 6"),
+        ({"rope_fraction": 0.25}, "rotates 1"),
+        ({"rope_local_theta": 10.0}, "rope_local_theta 10.0 without a window"),
+        ({"positions": learned, "rope_scaling": LinearScaling(2.0)}, "with learned positions"),
+        (
+            {"rope_scaling": LongRopeScaling((1.0,), (1.0,), 8, 2.0)},
+            "1 longrope factors for 4 rotated features: give 2",
+        ),
+        ({"qk_norm": True, "qk_norm_whole": True}, "both on"),
+        ({"experts": 0}, "experts is 0"),
+        ({"experts": 2, "experts_per_token": 3}, "experts_per_token 3 is more than experts 2"),
+        ({"experts": 2, "ff_bias": True}, "ff_bias with experts 2"),
+        ({"specials": Specials(eos=37)}, "special token 37 lies outside a vocabulary of vocab_size 37"),
     ]:
         with pytest.raises(UserError, match=word):
             dataclasses.replace(LLAMA, **change)

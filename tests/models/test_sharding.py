@@ -54,6 +54,26 @@ def test_every_mesh_gives_the_same(sizes, without_mesh):
     assert logits.addressable_shards[0].data.shape[0] == 8 // (data * fsdp)
 
 
+@pytest.mark.parametrize("name", ["olmo2", "gemma3", "qwen3_moe", "qwen2"])
+def test_every_family_gives_the_same_on_a_mesh(name):
+    """The mesh cuts what a family adds: a norm over all heads, angles of two kinds, experts, biases."""
+    config = dataclasses.replace(VARIANTS[name], layers=2, window_pattern=(True, False), max_length=64)
+    batch = rows(config, B=4)
+
+    def both(params, batch):
+        loss = lambda p: jax.nn.log_softmax(apply(config, p, *batch))[..., 5].mean()  # noqa: E731
+        return apply(config, params, *batch), jax.grad(loss)(params)
+
+    alone = jax.jit(both)(init(config, 0), batch)
+    with jax.set_mesh(make_mesh(2, 2, 2)):
+        params = init(config, 0)
+        on_mesh = jax.jit(both)(params, [jax.device_put(x, P(("data", "fsdp"))) for x in batch])
+        same = jax.tree.map(lambda gradient, weight: gradient.sharding == weight.sharding, on_mesh[1], params)
+    assert all(jax.tree.leaves(same))
+    for value, expected in zip(jax.tree.leaves(on_mesh), jax.tree.leaves(alone), strict=True):
+        np.testing.assert_allclose(value, expected, atol=1e-5)
+
+
 def test_logits_stay_cut_when_no_row_is_padded():
     config = dataclasses.replace(CONFIG, vocab_size=64)
     with jax.set_mesh(make_mesh(tensor=4)):
