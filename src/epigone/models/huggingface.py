@@ -91,7 +91,8 @@ def find_family(values: Values) -> Family:
     known = {family.model_type: family for family in FAMILIES}
     name = values.get("model_type")
     if name not in known:
-        close = difflib.get_close_matches(str(name), known, n=1)
+        longer = [other for other in known if other.startswith(f"{name}_")]
+        close = longer or difflib.get_close_matches(str(name), known, n=1)
         hint = f", did you mean '{close[0]}'?" if close else ""
         raise UserError(f"unknown architecture {name!r}{hint}: known are {', '.join(known)}")
     family = known[name]
@@ -147,19 +148,16 @@ def write_config(config: DecoderConfig, family: Family | None = None) -> dict[st
         UserError: no family does; it names the fields in which the closest one differs.
     """
     config = canonical(config)
-    closest: tuple[Family, list[str]] | None = None
+    lacking: dict[str, list[str]] = {}
     for row in (family,) if family else FAMILIES:
         values = _written(row, config)
         differing = _differing(config, values)
         if not differing:
             return values
-        if closest is None or len(differing) < len(closest[1]):
-            closest = row, differing
-    assert closest is not None
-    row, differing = closest
-    raise UserError(
-        f"no Hugging Face family has such a decoder; '{row.model_type}' is closest, without {', '.join(differing)}"
-    )
+        lacking[row.model_type] = differing
+    closest = min(lacking, key=lambda name: len(lacking[name]))
+    without = ", ".join(lacking[closest])
+    raise UserError(f"no Hugging Face family has such a decoder: '{closest}' is closest, without {without}")
 
 
 def _written(family: Family, config: DecoderConfig) -> dict[str, Any]:
@@ -175,8 +173,8 @@ def _differing(config: DecoderConfig, values: Values) -> list[str]:
     plain["specials"] = Specials(0, 0, 0, never=())
     try:
         again = read_config(values)
-    except UserError as error:
-        return [str(error)]
+    except UserError:
+        return [f.name for f in fields(config)]
     one, other = replace(config, **plain), replace(again, **plain)
     names = [f.name for f in fields(config) if getattr(one, f.name) != getattr(other, f.name)]
     return [f"{name}={_shown(getattr(config, name))}" for name in names]

@@ -186,7 +186,6 @@ MIXTRAL = Family(
     parts=(*MISTRAL.parts, *parts.EXPERTS),
     fixed=_PLAIN | {"normalise_experts": True},
     inner=modules.MIXTRAL,
-    names={"num_local_experts": "num_local_experts"},
 )
 OLMO2 = Family(
     "olmo2",
