@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from transformers import AutoTokenizer
 from epigone.data.foreign_tokenizers import PretrainedTokenizer, pretrained_tokenizer
 from epigone.data.tokenizers import Tokenizer
 from epigone.errors import Fault, UserError
+from epigone.identity import canonical, fingerprint, restore
 from epigone.models.language_model import Specials
 
 SIZE = 1024
@@ -213,7 +215,10 @@ def test_the_place_is_no_part_of_the_config_and_a_change_of_any_file_is(tmp_path
     first = pretrained_tokenizer(folders.write(tmp_path / "a", folders.gpt2), SIZE)
     other = pretrained_tokenizer(folders.write(tmp_path / "b", folders.gpt2), SIZE)
     assert (first.digest, first.build().identity) == (other.digest, other.build().identity)
-    assert PretrainedTokenizer.__dataclass_fields__["path"].metadata["identity"] is False
+    assert first.path != other.path
+    assert fingerprint(first) == fingerprint(other) != fingerprint(replace(first, bos="<|endoftext|>"))
+    assert restore(canonical(first)) == first
+    assert isinstance(first, PretrainedTokenizer)
     digests = {first.digest}
     for name in ("tokenizer_config.json", "special_tokens_map.json", "generation_config.json", "chat_template.jinja"):
         (tmp_path / "a" / name).write_text("{}")

