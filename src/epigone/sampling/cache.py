@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec as P
 from epigone.models.attention import MASKED, causal_mask, choose_attention
 from epigone.models.attention import attend as full_attention
 from epigone.models.config import DecoderConfig
-from epigone.models.decoder import Decoder, Weights, arrays, block, by_layer
+from epigone.models.decoder import Decoder, Weights, arrays, block, by_layer, never_predicted
 from epigone.models.layers import soft_cap
 from epigone.models.sharding import Sharding, in_mesh, out, placed
 
@@ -169,7 +169,20 @@ def read_one(
         mix = _ring_mix(model, ring, column, masks[bound])
         x_B1D, ring = block(config, sharding, weights, x_B1D, angles[bound], mix)
         written.append(ring)
-    return model.logits(model.finish(x_B1D))[:, 0], written
+    return _next_logits(model, model.finish(x_B1D)), written
+
+
+def _next_logits(model: Decoder, hidden_B1D: jax.Array) -> jax.Array:
+    """`model.logits` [B, V] of one token a row, by a product with the vocabulary first: on a CPU it is a third faster.
+
+    Of many tokens a row it would not be, for the result is turned round.
+    """
+    config, sharding = model.config, model.sharding
+    head_VD = placed(model.head_VD.astype(config.compute_dtype), sharding.gathered("VD"))
+    cut = out(sharding.activation("VB"))
+    hidden_BD = hidden_B1D[:, 0]
+    raw_VB = jnp.einsum("vd,bd->vb", head_VD, hidden_BD, preferred_element_type=jnp.float32, out_sharding=cut)
+    return never_predicted(config, sharding, soft_cap(raw_VB.T[:, None], config.logit_softcap))[:, 0]
 
 
 def _ring_mix(

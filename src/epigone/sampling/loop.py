@@ -104,7 +104,9 @@ def start_empty(
     zero_B, zero = jnp.zeros_like(token_B), jnp.int32(0)
     begun_B = (token_B, zero_B, zero_B + limit, zero_B, sample_B, zero_B + limit > 0)
     # What is known about rows is small, and whole on every device.
-    return State(zero, *(placed(x, P()) for x in begun_B), jnp.int32(rows), zero, empty_rings(model, rows, columns))
+    token_B, position_B, limit_B, prompt_B, sample_B, live_B = (placed(x, P()) for x in begun_B)
+    known = (token_B, position_B, limit_B, prompt_B, sample_B, live_B)
+    return State(zero, *known, jnp.int32(rows), zero, empty_rings(model, rows, columns))
 
 
 class Texts(NamedTuple):
