@@ -264,8 +264,9 @@ def test_no_array_is_larger_than_the_logits_of_one_pass():
 def sizes(jaxpr):
     """Numbers in every array of a program, those of its loops included."""
     found = [v.aval.size for equation in jaxpr.eqns for v in equation.outvars if hasattr(v.aval, "size")]
-    for inner in jax.core.jaxprs_in_params(jaxpr):
-        found += sizes(inner)
+    for equation in jaxpr.eqns:
+        for inner in jax.core.jaxprs_in_params(equation.params):
+            found += sizes(inner)
     return found
 
 
