@@ -181,7 +181,7 @@ class Tokenizer:
         return self.inner.decode(kept, skip_special_tokens=False)
 
     def _unknown(self, index: int) -> bool:
-        return self._words and index == SPECIALS.index("⟨unk⟩")
+        return self._words and index == self.specials.unk
 
     def stream_decoder(self) -> StreamDecoder:
         """For text that is shown while it is written."""
