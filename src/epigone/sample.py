@@ -22,7 +22,7 @@ class Sample:
         node: the node: KEY as in teacher@0 or student@1.s2, NAME where one node has it, or RUN/KEY.
         run: the run directory; by default the one below runs/ that has the node.
         prompt: what the text begins with; give it again for more prompts.
-        chat: put each prompt to the node as a user's message, in its own chat template.
+        chat: put each prompt to the node as a user's message, in its own chat template, and show the answers alone.
         n: texts for each prompt.
         temperature: divides the logits before sampling; 0 takes the most probable token every time.
         top_k: sample among the k most probable tokens only; 0 is off.
@@ -68,7 +68,10 @@ class _Shown:
     def __init__(self, tokenizer: Tokenizer, prompts: list[Document], given: Sample) -> None:
         self.tokenizer, self.given = tokenizer, given
         self.one_line = len(prompts) * given.n > 1
-        self.texts = {(i, j): [prompt] for i, prompt in enumerate(prompts) for j in range(given.n)}
+        begun = [[] if given.chat else [prompt] for prompt in prompts]
+        self.texts: dict[tuple[int, int], list[Document]] = {
+            (i, j): list(parts) for i, parts in enumerate(begun) for j in range(given.n)
+        }
         self.decoder = tokenizer.stream_decoder()
         self.begun = False
 
@@ -83,7 +86,7 @@ class _Shown:
 
     def rest(self, model: LanguageModel) -> Iterator[str]:
         """The end of the first text, and the others whole."""
-        texts = [np.concatenate(parts).astype(np.int32) for parts in self.texts.values()]
+        texts = [np.concatenate([np.zeros(0), *parts]).astype(np.int32) for parts in self.texts.values()]
         if self.begun:
             yield self._line(self.decoder.end()) + "\n"
         for whole in texts[1:] if self.begun else texts:

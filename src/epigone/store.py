@@ -32,7 +32,7 @@ class Store:
     def weights(self, node: Node) -> Path:
         """Where its model lies."""
         source = node.lesson.source
-        return self.data / "pretrained" / source.digest / "model" if source else self.directory(node) / "model"
+        return self.data / "pretrained" / source.digest[:16] / "model" if source else self.directory(node) / "model"
 
     def written(self, source: Written) -> Path:
         """Where the text that a node writes for one kind of sampling lies."""

@@ -1,5 +1,6 @@
 """Schedules in closed form; rules against plain optax; which arrays decay and which are orthogonalised."""
 
+import dataclasses
 import math
 
 import jax
@@ -11,7 +12,7 @@ import pytest
 from epigone.errors import UserError
 from epigone.models import decoder
 from epigone.models.config import DecoderConfig
-from epigone.models.layers import layer_norm, learned
+from epigone.models.layers import layer_norm, learned, rms_norm
 from epigone.training.optimizer import (
     Optimizer,
     adafactor,
@@ -34,7 +35,10 @@ CONFIG = DecoderConfig(
     heads=2,
     norm=layer_norm,
     positions=learned,
-    bias=True,
+    qkv_bias=True,
+    mix_bias=True,
+    ff_bias=True,
+    norm_bias=True,
     tied=False,
     qk_norm=True,
     max_length=8,
@@ -166,6 +170,14 @@ def test_muon_orthogonalises_each_layers_matrices():
         "gate_LDF": square,
         "down_LFD": square,
     }
+
+
+def test_muon_orthogonalises_each_expert_alone():
+    mixture = dataclasses.replace(CONFIG, experts=4, ff_bias=False, norm_bias=False, norm=rms_norm)
+    axes = by_name(layer_matrices(decoder.abstract(mixture)), lambda x: x is None or isinstance(x, tuple))
+    for name, dims in axes.items():
+        if "E" in name.rsplit("_", 1)[-1]:
+            assert tuple(dims) == (((1,), (2,)) if name == "router_LDE" else ((2,), (3,))), name
 
 
 @pytest.mark.parametrize(
