@@ -23,9 +23,9 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 from epigone.runtime import prepare
 
-prepare()
+prepare()  # before JAX is imported, which reads some of these settings then
 
-import jax
+# ruff: noqa: E402
 import numpy as np
 
 from epigone.models.config import DecoderConfig
@@ -340,7 +340,8 @@ def main() -> None:
     parser.add_argument("--first-text", help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.first_text:
-        return first_text([int(number) for number in given.first_text.split(",")])
+        first_text([int(number) for number in given.first_text.split(",")])
+        return
     shape = Shape(**{name: getattr(given, name) for name in Shape._fields})
     os.sched_setaffinity(0, set(sorted(os.sched_getaffinity(0))[: shape.threads]))
     with tempfile.TemporaryDirectory() as folder:

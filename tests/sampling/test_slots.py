@@ -1,0 +1,153 @@
+"""Texts that take turns in a few slots: each is what it would be alone, and none waits for the longest."""
+
+import dataclasses
+from itertools import chain
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from decoder_variants import LLAMA, spread_params
+
+from epigone.models.decoder import abstract, apply
+from epigone.models.language_model import Specials
+from epigone.models.sharding import make_mesh
+from epigone.sampling import loop, slots
+from epigone.sampling.decode import DecoderLanguageModel, sample
+from epigone.sampling.draw import draw, token_keys
+
+CONFIG = dataclasses.replace(
+    LLAMA, max_length=40, window=9, window_pattern=(False, True), specials=Specials(2, 2, 2, stops=(5, 6), never=(7,))
+)
+PARAMS = spread_params(CONFIG)
+PROMPTS = [np.random.default_rng(n).integers(8, 37, n).astype(np.int32) for n in (3, 0, 17, 1, 6, 2, 20, 4, 4, 0, 9)]
+LENGTH = 9
+SEED = 5
+
+forward = jax.jit(apply, static_argnums=0)
+drawn_from = jax.jit(draw)
+
+
+def next_logits(text):
+    """The full forward pass over bos and the text, without a cache: logits [1, V] of the next token."""
+    row = np.zeros((3, 1, CONFIG.max_length), np.int32)
+    count = len(text) + 1
+    row[:, 0, :count] = np.r_[CONFIG.specials.bos, text], np.arange(count), np.ones(count)
+    return forward(CONFIG, PARAMS, *row)[:, count - 1]
+
+
+def alone(i, j, greedy=False):
+    """Sample j of prompt i, token by token, with nothing kept from one to the next."""
+    text = PROMPTS[i]
+    while len(text) < min(len(PROMPTS[i]) + LENGTH, CONFIG.max_length):
+        logits = next_logits(text)
+        key = token_keys(jax.random.key(SEED), *(jnp.array([n]) for n in (i, j, len(text))))
+        text = np.r_[text, int(jnp.argmax(logits) if greedy else drawn_from(logits, key)[0])].astype(np.int32)
+        if text[-1] in (2, 5, 6):
+            break
+    return text[len(PROMPTS[i]) :]
+
+
+@pytest.fixture(scope="module")
+def together():
+    """Two samples of eleven prompts in four slots."""
+    return sample(CONFIG, PARAMS, PROMPTS, SEED, samples=2, length=LENGTH, slots=4)
+
+
+def test_every_text_is_what_it_would_be_alone(together):
+    ends = [text.tokens[-1] for row in together for text in row]
+    assert {2, 5, 6} & set(ends)
+    assert sum(end not in (2, 5, 6) for end in ends) > 2
+    for i, row in enumerate(together):
+        for j, text in enumerate(row):
+            np.testing.assert_array_equal(text.tokens, alone(i, j))
+            for n in (0, len(text.tokens) - 1):
+                scores = jax.nn.log_softmax(next_logits(np.r_[PROMPTS[i], text.tokens[:n]]))[0]
+                assert text.log_probs[n] == pytest.approx(float(scores[text.tokens[n]]), abs=1e-5)
+
+
+def test_greedy_texts_in_turns_are_those_of_the_full_forward_pass():
+    found = sample(CONFIG, PARAMS, PROMPTS, SEED, length=LENGTH, temperature=0.0, slots=4)
+    for i, (text,) in enumerate(found):
+        np.testing.assert_array_equal(text.tokens, alone(i, 0, greedy=True))
+
+
+def assert_same(found, expected):
+    for a, b in zip(chain(*found), chain(*expected), strict=True):
+        np.testing.assert_array_equal(a.tokens, b.tokens)
+        np.testing.assert_allclose(a.log_probs, b.log_probs, atol=1e-5)
+
+
+def test_one_slot_and_four_give_the_same(together):
+    assert_same(sample(CONFIG, PARAMS, PROMPTS, SEED, samples=2, length=LENGTH, slots=1), together)
+
+
+def steps_of(monkeypatch, share, prompts, count):
+    """Steps of the loop for one sample of each prompt, and the lengths of the texts."""
+    total = []
+
+    def counted(config, sharding, chunk, switch, prepared, state, *rest):
+        before = int(state.step)
+        after, record = loop.decode(config, sharding, chunk, switch, prepared, state, *rest)
+        total.append(int(after.step) - before)
+        return after, record
+
+    monkeypatch.setattr(slots, "decode", counted)
+    monkeypatch.setattr(slots, "SHARE", share)
+    found = sample(CONFIG, PARAMS, prompts, SEED, length=LENGTH, slots=count)
+    return sum(total), [len(text.tokens) for (text,) in found]
+
+
+def test_no_text_waits_for_the_longest(monkeypatch):
+    prompts = PROMPTS * 4
+    refilled, lengths = steps_of(monkeypatch, 4, prompts, 4)
+    waiting, same = steps_of(monkeypatch, 1, prompts, 4)  # slots are refilled when all of them are free
+    assert lengths == same
+    assert refilled < sum(lengths) / 4 + 2 * LENGTH
+    assert waiting > 1.2 * refilled
+
+
+def test_a_stream_gives_the_texts_of_sample_while_they_grow(together):
+    model = DecoderLanguageModel(CONFIG, PARAMS, slots=4)
+    whole = model.sample(PROMPTS, SEED, samples=2, length=LENGTH)
+    compiled = loop.decode._cache_size(), loop.refill._cache_size()
+    texts = {(i, j): [] for i in range(len(PROMPTS)) for j in range(2)}
+    order = []
+    for i, j, tokens in model.stream(PROMPTS, SEED, samples=2, length=LENGTH):
+        assert 0 < len(tokens) <= 8
+        texts[i, j] += tokens.tolist()
+        order.append((i, j))
+    assert max(order.count(key) for key in texts) > 1
+    assert (loop.decode._cache_size(), loop.refill._cache_size()) == compiled
+    for (i, j), text in texts.items():
+        assert text == whole[i][j].tolist()
+        assert not {2, 5, 6} & set(text)
+        plain = together[i][j].tokens
+        assert text == plain[: len(plain) - (plain[-1] in (2, 5, 6))].tolist()
+
+
+def test_one_text_is_shown_in_small_pieces():
+    config = dataclasses.replace(CONFIG, specials=Specials(never=(0, 1, 2)))
+    model = DecoderLanguageModel(config, PARAMS)
+    pieces = [tokens for _, _, tokens in model.stream([PROMPTS[0]], 0, length=20)]
+    assert [len(piece) for piece in pieces] == [8, 8, 4]
+    ((whole,),) = model.sample([PROMPTS[0]], 0, length=20)
+    np.testing.assert_array_equal(np.concatenate(pieces), whole)
+
+
+def test_turns_on_a_mesh(together):
+    with jax.set_mesh(make_mesh(2, 2, 2)):
+        params = jax.tree.map(jax.device_put, PARAMS, placements())
+        assert_same(sample(CONFIG, params, PROMPTS, SEED, samples=2, length=LENGTH, slots=4), together)
+
+
+def placements():
+    """Where each parameter lies on the mesh that is set."""
+    return jax.tree.map(lambda leaf: leaf.sharding, abstract(CONFIG))
+
+
+def test_nothing_asked_for_is_nothing():
+    assert sample(CONFIG, PARAMS, [], 0) == []
+    assert sample(CONFIG, PARAMS, PROMPTS[:1], 0, samples=0) == [[]]
+    ((text,),) = sample(CONFIG, PARAMS, PROMPTS[:1], 0, length=0)
+    assert text.tokens.shape == text.log_probs.shape == (0,)
