@@ -1,9 +1,9 @@
 """Speculative decoding with a distilled student as the draft, beside plain sampling, in one alternating run.
 
 By default a target is trained on the Bible in Basic English and a student is distilled from it by the project's own
-trainer, in about two minutes on two cores; with --run, two nodes of a run are taken. Every round times plain sampling and every draft
-length once, in an order that rotates; what is printed are medians over the rounds, and quartiles of the speed-up within
-a round. No end of text stops anyone early.
+trainer, in about two minutes on two cores; with --run, two nodes of a run are taken. Every round times plain sampling
+and every draft length once, in an order that rotates; what is printed are medians over the rounds, and quartiles of the
+speed-up within a round. No end of text stops anyone early.
 
 The expected speed-up is that of Leviathan et al. 2023, theorem 3.8: (1 - a^(k+1)) / ((1 - a)(k c + 1)), where k is the
 draft length, a the share of judged proposals that were accepted, and c the cost of a step of the draft alone beside one
