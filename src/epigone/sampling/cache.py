@@ -131,7 +131,8 @@ def _index(axes: tuple[str, ...]) -> jax.Array | int:
 
 def ready(config: DecoderConfig, group: nnx.Dict) -> Weights:
     """The arrays of a group of parameters, matrices in the type of the computation."""
-    return {n: w if "norm" in n else w.astype(config.compute_dtype) for n, w in arrays(group).items()}
+    kind = config.compute_dtype
+    return {n: w if "norm" in n or w.dtype == kind else w.astype(kind) for n, w in arrays(group).items()}
 
 
 def unstacked(model: Decoder) -> list[Weights]:

@@ -13,7 +13,7 @@ from epigone.models.config import DecoderConfig
 from epigone.models.decoder import Weights, structure
 from epigone.models.sharding import Sharding, in_mesh, placed
 from epigone.sampling import processors
-from epigone.sampling.cache import Ring, empty_rings, lay, read_all, read_one, ready, unstacked
+from epigone.sampling.cache import Ring, empty_rings, lay, read_all, read_one, ready
 from epigone.sampling.draw import draw, token_keys
 
 IDLE = -1
@@ -85,13 +85,18 @@ class Prepared(NamedTuple):
     layers: list[Weights]
 
 
-@partial(jax.jit, static_argnames=("config", "sharding"))
 def prepare(config: DecoderConfig, sharding: Sharding, params: nnx.State) -> Prepared:
-    """Parameters, prepared for `decode` and `refill`."""
+    """Parameters, prepared for `decode` and `refill`. One layer is compiled, whatever their number is."""
+    layers = [_layer(config, sharding, params, index) for index in range(config.layers)]
     model = nnx.merge(structure(config, sharding), params)
-    layers = unstacked(model)
     model.outer = nnx.Dict({name: nnx.Param(w) for name, w in ready(config, model.outer).items()})
     return Prepared(nnx.split(model)[1], layers)
+
+
+@partial(jax.jit, static_argnames=("config", "sharding"))
+def _layer(config: DecoderConfig, sharding: Sharding, params: nnx.State, index: int | jax.Array) -> Weights:
+    weights = ready(config, nnx.merge(structure(config, sharding), params).layers)
+    return {name: jax.lax.dynamic_index_in_dim(w, index, keepdims=False) for name, w in weights.items()}
 
 
 @partial(jax.jit, static_argnames=("config", "sharding", "rows", "columns"))
