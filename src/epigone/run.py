@@ -190,12 +190,12 @@ def grow_and_report(lineage: Lineage, directory: Path, given: Any) -> None:
     from epigone.processes import is_first
     from epigone.report import write_report
     from epigone.store import Store
-    from epigone.view import COUNTING_WORK, MEASURING_WORK, Terminal, clock
+    from epigone.view import Terminal, clock, work_of
 
     store = Store(directory, lineage, given.data)
     waiting = {node.key for node in pending(store) if given.node in (None, node.key)}
     rows = [row for row in (plan(lineage, store) if waiting else []) if row.key in waiting]
-    work = {row.key: row.flops + MEASURING_WORK if row.flops else COUNTING_WORK for row in rows}
+    work = {row.key: work_of(row.parameters, row.flops) for row in rows}
     began = time.monotonic()
     with Terminal(lineage.name, work, Console(quiet=not is_first())) as view:
         grown = grow(lineage, directory, hardware=given.hardware, only=given.node, data=given.data, view=view)

@@ -18,11 +18,21 @@ COUNTING_WORK = 5e10
 MEASURING_WORK = 3e11
 """Work of a decoder beside its training (to read, write and be measured), in the same unit."""
 
+MEASURED_TOKENS = 20_000
+"""Tokens that a decoder reads while it is measured: little for a small one, minutes for a large one."""
+
 SHOWN = 6
 """Finished nodes that stay in sight."""
 
 QUIET_SECONDS = 15
 """Without a terminal, a node that trains says so this often."""
+
+
+def work_of(parameters: int | None, flops: int | None) -> float:
+    """How much work a node will be, from its parameters and the FLOPs of its training, where they are known before."""
+    if parameters is None:
+        return COUNTING_WORK
+    return (flops or 0) + MEASURING_WORK + 2.0 * parameters * MEASURED_TOKENS
 
 
 class View(Protocol):
