@@ -163,7 +163,8 @@ def _glance(node: Node, record: Record, family: str, dtype: str) -> list[Line]:
     sizes = node.model
     metrics = record.get("metrics", {})
     shape = f"{family}: {sizes.layers} layers, {sizes.model_size} features, {sizes.heads} heads"
-    lines = [Line("Architecture", f"{shape}, up to {sizes.max_length} tokens"), Line("Weights", dtype)]
+    rounded = "" if dtype == sizes.weights_dtype else f", made of {sizes.weights_dtype}"
+    lines = [Line("Architecture", f"{shape}, up to {sizes.max_length} tokens"), Line("Weights", dtype + rounded)]
     lines += [Line("Learned from", ", ".join(f"{p['key']} ({p['role']})" for p in record["parents"]) or "nobody")]
     return [*lines, Line("Perplexity of held-out text", number(metrics.get("perplexity")))]
 
