@@ -30,6 +30,7 @@ _BESIDE = (
     "added_tokens.json",
     "chat_template.jinja",
 )
+_KEPT = 8 << 20
 
 Tensors = Mapping[str, tuple[tuple[int, ...], np.dtype]]
 
@@ -44,6 +45,7 @@ class SafetensorsFolder:
 
     path: Path
     _shard: tuple[str, Any] | None = field(default=None, init=False, repr=False)
+    _mapped: int = field(default=0, init=False, repr=False)
 
     def __post_init__(self) -> None:
         if not (self.path / "config.json").is_file():
@@ -124,7 +126,11 @@ class SafetensorsFolder:
         """A tensor, or the part of it in `box`, a slice with start and stop for each axis."""
         shape = self.tensors[name][0]
         part = self._opened(self._index.get(name, self.files[0])).get_slice(name)
-        return part[tuple(slice(0, size) for size in shape) if box is None else box]
+        array = part[tuple(slice(0, size) for size in shape) if box is None else box]
+        self._mapped += array.nbytes
+        if self._mapped > _KEPT:  # what was read stays mapped, and counts as memory, until the shard is closed
+            self._shard, self._mapped = None, 0
+        return array
 
     @cached_property
     def licence(self) -> str | None:

@@ -1,8 +1,7 @@
 """Weights between files and their places on the mesh: read block by block, written tensor by tensor.
 
 Every device gets its part of each parameter once, empty, and a jitted update that takes it over (it is donated) fills
-it: so the host holds one block at a time, beside what the operating system keeps of the shard that is open. A process
-reads what its own devices need.
+it: so the host holds a few blocks at a time. A process reads what its own devices need.
 """
 
 import contextlib
@@ -14,13 +13,13 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from epigone.errors import Fault, UserError
 from epigone.models.config import DecoderConfig, layer_weights, outer_weights
@@ -32,13 +31,11 @@ from epigone.models.safetensors_files import DTYPES, INDEX, SINGLE
 from epigone.models.sharding import Sharding, check
 from epigone.models.weight_files import WeightFiles, plan_of
 
-BLOCK = 4 << 20
+BLOCK = 2 << 20
 """Bytes that are read at a time: small beside a shard, large beside the cost of an update."""
 
 _NO_MESH = Mesh(np.empty((), object), ())
 """Each part is filled by its device alone, whatever mesh is set."""
-
-Device: TypeAlias = "jax.Device | None"
 
 
 def load_weights(files: WeightFiles, config: DecoderConfig, sharding: Sharding = Sharding()) -> nnx.State:
@@ -54,7 +51,9 @@ def load_weights(files: WeightFiles, config: DecoderConfig, sharding: Sharding =
     """
     check(sharding, {name: weight.shape for name, weight in (outer_weights(config) | layer_weights(config)).items()})
     targets = abstract(config, sharding)
-    places = {_name(path): _Place(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(targets)}
+    empty = jax.jit(lambda: jax.tree.map(lambda t: jnp.zeros(t.shape, t.dtype, out_sharding=t.sharding), targets))()
+    places = {_name(path): _Place(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(empty)}
+    del empty
     plan = {tensor.name: tensor for tensor in plan_of(files, config)}
     with jax.set_mesh(_NO_MESH):
         for name in files.tensors:
@@ -68,21 +67,17 @@ def _name(path: tuple) -> str:
 
 
 class _Place:
-    """One parameter while it is filled: the parts on this process's devices."""
+    """One parameter while it is filled: the parts on this process's devices, which the updates take over."""
 
-    def __init__(self, target: jax.ShapeDtypeStruct) -> None:
-        self._shape, self._sharding = target.shape, target.sharding
-        whole: Box = tuple(slice(0, size) for size in target.shape)
-        boxes: dict[Device, Box] = {None: whole}
-        if self._sharding is not None:
-            cuts = self._sharding.addressable_devices_indices_map(target.shape).items()
-            boxes = {device: _plain(cut, target.shape) for device, cut in cuts}
-        self._boxes = boxes
-        self._parts = {device: _empty(device, box, target.dtype) for device, box in boxes.items()}
+    def __init__(self, empty: jax.Array) -> None:
+        self._shape, self._sharding = empty.shape, empty.sharding
+        shards = empty.addressable_shards
+        self._boxes = {shard.device: _plain(shard.index, empty.shape) for shard in shards}
+        self._parts = {shard.device: _alone(shard) for shard in shards}
 
     def fill(self, files: WeightFiles, tensor: Tensor, slot: Slot) -> None:
         """Put what a slot of a tensor holds into every part that has some of it."""
-        alike: dict[tuple[tuple[int, int], ...], list[Device]] = defaultdict(list)
+        alike: dict[tuple[tuple[int, int], ...], list[jax.Device]] = defaultdict(list)
         for device, box in self._boxes.items():
             alike[tuple((part.start, part.stop) for part in box)].append(device)
         for edges, devices in alike.items():
@@ -96,17 +91,17 @@ class _Place:
 
     def whole(self) -> jax.Array:
         """The parameter."""
-        if self._sharding is None:
-            return self._parts[None]
         return jax.make_array_from_single_device_arrays(self._shape, self._sharding, list(self._parts.values()))
+
+
+def _alone(shard: Any) -> jax.Array:
+    """A shard as an array of its device, and of no mesh; nothing is copied."""
+    alone = SingleDeviceSharding(shard.device)
+    return jax.make_array_from_single_device_arrays(shard.data.shape, alone, [shard.data])
 
 
 def _plain(cut: tuple[slice, ...], shape: tuple[int, ...]) -> Box:
     return tuple(slice(*part.indices(size)[:2]) for part, size in zip(cut, shape, strict=True))
-
-
-def _empty(device: Device, box: Box, dtype: np.dtype) -> jax.Array:
-    return jnp.zeros([part.stop - part.start for part in box], dtype, device=device)
 
 
 @partial(jax.jit, donate_argnums=0)
