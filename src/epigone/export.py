@@ -49,7 +49,7 @@ def export_node(given: Export) -> None:
     opened = open_node(given.node, given.run)
     files = export(opened, given.to, dtype=given.dtype, shard_bytes=given.shard_size * 10**6)
     print(f"{opened.node.key} in {given.to}: {', '.join(sorted(files))}")
-    print(f"try: python -c \"from transformers import pipeline; print(pipeline(model={str(given.to)!r})('The'))\"")
+    print(f"how to load it, whence it comes and on which terms: {given.to / 'README.md'}")
 
 
 def export(opened: OpenedNode, to: Path, *, dtype: str | None = None, shard_bytes: int = 5 * 10**9) -> dict[str, str]:
