@@ -149,6 +149,7 @@ def test_acceptance_is_what_the_two_distributions_share():
     )
     p, q = (limited(DecoderLanguageModel(*m).next_log_probs(BEGUN[:1])[0], **knobs) for m in (TARGET, DRAFT))
     assert (report.proposed, report.judged, report.row_passes, report.passes) == (COUNT, COUNT, COUNT, 1)
+    assert report.rows_per_pass == COUNT
     assert scipy.stats.binomtest(report.accepted, COUNT, np.minimum(p, q).sum()).pvalue > 0.01
 
 

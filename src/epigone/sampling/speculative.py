@@ -63,6 +63,11 @@ class SpeculationReport:
         """Tokens that a row gains by one pass of the target: from 1 to draft_length + 1."""
         return self.tokens / max(1, self.row_passes)
 
+    @property
+    def rows_per_pass(self) -> float:
+        """Rows that still write, on average over the passes: how well the slots are used."""
+        return self.row_passes / max(1, self.passes)
+
 
 def speculative_sample(
     target: Model,
