@@ -216,6 +216,7 @@ def llama_cpp(config: DecoderConfig, weights: dict[str, np.ndarray], folder: Pat
     settings.n_parallel, settings.n_ctx = BATCHES[-1], config.max_length * BATCHES[-1]
     settings.cpuparams.n_threads = settings.cpuparams_batch.n_threads = threads
     settings.cache_type_k = settings.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
+    settings.kv_unified = True  # one cache for all slots is twice as fast here as one for each
     settings.warmup, settings.verbosity = False, -1
     server = xllamacpp.Server(settings)
 
@@ -225,6 +226,7 @@ def llama_cpp(config: DecoderConfig, weights: dict[str, np.ndarray], folder: Pat
         def ask(row: int) -> None:
             request = {"prompt": prompts[row], "n_predict": new, "ignore_eos": True, "cache_prompt": False}
             choice = {"top_k": 0, "top_p": 1.0, "min_p": 0.0, "temperature": float(not greedy), "seed": next(SEEDS)}
+            choice |= {} if greedy else {"samplers": ["temperature"]}
             text = server.handle_completions(request | choice)["choices"][0]["text"]
             answers[row] = [int(word) for word in text.split("w")[1:]]
 

@@ -146,6 +146,17 @@ def placements():
     return jax.tree.map(lambda leaf: leaf.sharding, abstract(CONFIG))
 
 
+def test_weights_of_a_smaller_type_give_what_the_forward_pass_gives():
+    config = dataclasses.replace(CONFIG, weights_dtype="bfloat16", dtype="float32")
+    params = jax.tree.map(lambda leaf: leaf.astype("bfloat16"), PARAMS)
+    ((text,),) = sample(config, params, PROMPTS[:1], 0, length=6, slots=4)
+    whole = np.r_[config.specials.bos, PROMPTS[0], text.tokens[:-1]]
+    row = np.array([[whole], [np.arange(len(whole))], [np.ones(len(whole))]]).astype(np.int32)
+    logits = forward(config, params, *row)[0, len(PROMPTS[0]) :]
+    expected = np.asarray(jax.nn.log_softmax(logits))[np.arange(len(text.tokens)), text.tokens]
+    np.testing.assert_allclose(text.log_probs, expected, atol=1e-5)
+
+
 def test_nothing_asked_for_is_nothing():
     assert sample(CONFIG, PARAMS, [], 0) == []
     assert sample(CONFIG, PARAMS, PROMPTS[:1], 0, samples=0) == [[]]
