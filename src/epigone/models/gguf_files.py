@@ -7,7 +7,6 @@ undone. Architectures are rows of a table; what is not there, or cannot be repre
 import hashlib
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -16,102 +15,20 @@ import numpy as np
 
 from epigone.errors import UserError
 from epigone.models.file_digests import checksum, update_with_samples
-from epigone.models.huggingface_families import GEMMA2, GEMMA3, LLAMA, QWEN2, QWEN3, Family
+from epigone.models.gguf_architectures import (
+    ARCHITECTURES,
+    CHECKED,
+    FREQUENCIES,
+    IDS,
+    KEYS,
+    NEEDED,
+    OUTER,
+    Architecture,
+)
+from epigone.models.huggingface_families import QWEN2
 from epigone.models.huggingface_tensors import Box
 from epigone.models.rope import Llama3Scaling, frequencies
 from epigone.models.safetensors_files import Tensors
-
-
-@dataclass(frozen=True)
-class Architecture:
-    """A row of the table.
-
-    Attributes:
-        name: in general.architecture.
-        family: the Hugging Face family that it is.
-        modules: names of modules in a block, and those that transformers gives them.
-        turned: queries and keys have their rows in llama.cpp's order.
-        raised: norm scales have 1 added.
-        large: number of layers of the one model whose scores are scaled by model_size / heads (Gemma 27B).
-        needed: metadata that it must have beside those that all have.
-    """
-
-    name: str
-    family: Family
-    modules: Mapping[str, str]
-    turned: bool = False
-    raised: bool = False
-    large: int | None = None
-    needed: tuple[str, ...] = ()
-
-
-_MODULES = {
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj",
-    "attn_q_norm": "self_attn.q_norm",
-    "attn_k_norm": "self_attn.k_norm",
-    "attn_norm": "input_layernorm",
-    "ffn_norm": "post_attention_layernorm",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
-}
-_GEMMA_MODULES = _MODULES | {
-    "post_attention_norm": "post_attention_layernorm",
-    "ffn_norm": "pre_feedforward_layernorm",
-    "post_ffw_norm": "post_feedforward_layernorm",
-}
-_OUTER = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
-ARCHITECTURES = (
-    Architecture("llama", LLAMA, _MODULES, turned=True),
-    Architecture("qwen2", QWEN2, _MODULES),
-    Architecture("qwen3", QWEN3, _MODULES),
-    Architecture("gemma2", GEMMA2, _GEMMA_MODULES, raised=True, large=46),
-    Architecture("gemma3", GEMMA3, _GEMMA_MODULES, raised=True, large=62, needed=("attention.sliding_window",)),
-)
-
-_KEYS = {
-    "vocab_size": "vocab_size",
-    "context_length": "max_position_embeddings",
-    "block_count": "num_hidden_layers",
-    "embedding_length": "hidden_size",
-    "feed_forward_length": "intermediate_size",
-    "attention.head_count": "num_attention_heads",
-    "attention.head_count_kv": "num_key_value_heads",
-    "attention.key_length": "head_dim",
-    "attention.layer_norm_rms_epsilon": "rms_norm_eps",
-    "attention.sliding_window": "sliding_window",
-    "attn_logit_softcapping": "attn_logit_softcapping",
-    "final_logit_softcapping": "final_logit_softcapping",
-    "rope.freq_base": "rope_theta",
-}
-"""Metadata of an architecture that are keys of config.json."""
-_NEEDED = (
-    "context_length",
-    "block_count",
-    "embedding_length",
-    "feed_forward_length",
-    "attention.head_count",
-    "attention.layer_norm_rms_epsilon",
-)
-_CHECKED = (
-    "attention.value_length",
-    "expert_count",
-    "expert_used_count",
-    "rope.dimension_count",
-    "rope.scaling.factor",
-    "rope.scaling.finetuned",
-    "rope.scaling.original_context_length",
-    "rope.scaling.type",
-)
-_IDS = {
-    "tokenizer.ggml.bos_token_id": "bos_token_id",
-    "tokenizer.ggml.eos_token_id": "eos_token_id",
-    "tokenizer.ggml.padding_token_id": "pad_token_id",
-}
-_FREQUENCIES = "rope_freqs.weight"
 
 
 class GGUFFile:
@@ -132,7 +49,7 @@ class GGUFFile:
         self._metadata = {
             name: field.contents()
             for name, field in self._reader.fields.items()
-            if name in _IDS or not name.startswith("tokenizer.")
+            if name in IDS or not name.startswith("tokenizer.")
         }
         name, known = self._metadata.get("general.architecture"), {row.name: row for row in ARCHITECTURES}
         if name not in known:
@@ -147,8 +64,8 @@ class GGUFFile:
     def config_json(self) -> dict[str, Any]:
         """A config.json of the metadata. Raises UserError for what it cannot say."""
         given = self._given
-        values = {config_key: _exact(given[key]) for key, config_key in _KEYS.items() if key in given}
-        values |= {key: self._metadata[name] for name, key in _IDS.items() if name in self._metadata}
+        values = {config_key: _exact(given[key]) for key, config_key in KEYS.items() if key in given}
+        values |= {key: self._metadata[name] for name, key in IDS.items() if name in self._metadata}
         values.setdefault("vocab_size", int(self._stored["token_embd.weight"].shape[1]))
         values.setdefault("num_key_value_heads", values["num_attention_heads"])
         values.setdefault("head_dim", values["hidden_size"] // values["num_attention_heads"])
@@ -171,8 +88,8 @@ class GGUFFile:
         """Metadata of the architecture, all of them known."""
         prefix = f"{self._row.name}."
         given = {name.removeprefix(prefix): value for name, value in self._metadata.items() if name.startswith(prefix)}
-        unknown = sorted(given.keys() - _KEYS.keys() - set(_CHECKED))
-        missing = [key for key in (*_NEEDED, *self._row.needed) if key not in given]
+        unknown = sorted(given.keys() - KEYS.keys() - set(CHECKED))
+        missing = [key for key in (*NEEDED, *self._row.needed) if key not in given]
         if unknown:
             raise UserError(f"unknown metadata {', '.join(f'{prefix}{key}={given[key]!r:.80}' for key in unknown)}")
         if missing or "token_embd.weight" not in self._stored:
@@ -186,8 +103,8 @@ class GGUFFile:
         given, kind = self._given, self._given.get("rope.scaling.type", "none")
         if kind not in ("none", "linear"):
             raise UserError(f"rope.scaling.type={kind!r}: known are none and linear")
-        if _FREQUENCIES in self._stored:
-            return _llama3(np.array(self._dequantised(_FREQUENCIES)), values)
+        if FREQUENCIES in self._stored:
+            return _llama3(np.array(self._dequantised(FREQUENCIES)), values)
         if kind == "none":
             return None
         return {"rope_type": "linear", "factor": _exact(given.get("rope.scaling.factor", 1.0))}
@@ -200,7 +117,7 @@ class GGUFFile:
     @cached_property
     def _names(self) -> dict[str, str]:
         """The tensor of the file for each name of transformers; unknown ones keep their name."""
-        return {_name(self._row, stored): stored for stored in self._stored if stored != _FREQUENCIES}
+        return {_name(self._row, stored): stored for stored in self._stored if stored != FREQUENCIES}
 
     def read(self, name: str, box: Box | None = None) -> np.ndarray:
         """A tensor in float32, or the part of it in `box`."""
@@ -269,7 +186,7 @@ def _llama3(divisors: np.ndarray, values: Mapping[str, Any]) -> dict[str, Any] |
     scaled, _ = Llama3Scaling(factor, 1.0, 4.0, 8192).frequencies(size, theta)
     plain = frequencies(size, theta)
     if divisors.shape != plain.shape or not np.allclose(plain / scaled, divisors, rtol=1e-4):
-        raise UserError(f"{_FREQUENCIES} does not hold the divisors of Llama 3 (factor {factor:g}, 1, 4, 8192)")
+        raise UserError(f"{FREQUENCIES} does not hold the divisors of Llama 3 (factor {factor:g}, 1, 4, 8192)")
     ends = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
     return {"rope_type": "llama3", "factor": factor, **ends}
 
@@ -283,7 +200,7 @@ def _name(row: Architecture, stored: str) -> str:
     if block and block[2] in row.modules:
         return f"model.layers.{block[1]}.{row.modules[block[2]]}.{block[3]}"
     module, _, end = stored.rpartition(".")
-    return f"{_OUTER[module]}.{end}" if module in _OUTER else stored
+    return f"{OUTER[module]}.{end}" if module in OUTER else stored
 
 
 def _order(rows: int, heads: int) -> np.ndarray:

@@ -211,8 +211,6 @@ def _write_shard(path: Path, dtype: np.dtype, tensors: Sequence[Tensor], arrays:
         file.write(len(text).to_bytes(8, "little") + text)
         for array in arrays:
             file.write(array.reshape(-1).view(np.uint8).data)
-        file.flush()
-        os.fsync(file.fileno())
 
 
 @contextlib.contextmanager
@@ -225,6 +223,9 @@ def _whole(folder: Path) -> Iterator[Callable[[str], Path]]:
     try:
         hidden.mkdir(parents=True)
         yield lambda name: hidden / name
+        for path in hidden.iterdir():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
         for path in sorted(hidden.iterdir(), reverse=True):  # config.json, without which no folder is a model, is last
             path.replace(folder / path.name)
     except OSError as error:
