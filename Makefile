@@ -25,6 +25,8 @@ lint: $(DEV_READY)
 
 bench: $(DEV_READY)
 	$(BIN)/python benchmarks/ngram.py
+	$(BIN)/python benchmarks/sampling.py
+	$(BIN)/python benchmarks/speculative.py
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
