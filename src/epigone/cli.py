@@ -32,32 +32,32 @@ class Report:
 
 
 def _run(arguments: list[str]) -> None:
-    from epigone.run import run
+    from epigone.verbs.run import run
 
     run(arguments)
 
 
 def _import(arguments: list[str]) -> None:
-    from epigone.importing import Import, import_node
+    from epigone.verbs.importing import Import, import_node
 
     import_node(parse(Import, arguments, "epigone import"))
 
 
 def _sample(arguments: list[str]) -> None:
-    from epigone.sample import Sample, pieces
+    from epigone.verbs.sample import Sample, pieces
 
     for piece in pieces(parse(Sample, arguments, "epigone sample")):
         print(piece, end="", flush=True)
 
 
 def _evaluate(arguments: list[str]) -> None:
-    from epigone.examine import Evaluate, evaluate_node
+    from epigone.verbs.evaluate import Evaluate, evaluate_node
 
     evaluate_node(parse(Evaluate, arguments, "epigone evaluate"))
 
 
 def _export(arguments: list[str]) -> None:
-    from epigone.export import Export, export_node
+    from epigone.verbs.export import Export, export_node
 
     export_node(parse(Export, arguments, "epigone export"))
 

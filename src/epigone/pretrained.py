@@ -34,8 +34,8 @@ def pretrained(path: Path | str, name: str, *, bos: str | None = None, dtype: st
     path = Path(path).expanduser()
     if (path / "lineage.json").is_file():
         return replace(_imported(path), name=name, labels=labels)
-    from epigone.models.huggingface import read_config
-    from epigone.models.weight_files import open_weights
+    from epigone.interchange.huggingface import read_config
+    from epigone.interchange.weight_files import open_weights
 
     files = open_weights(path)
     config = replace(read_config(files.config_json), dtype=dtype)
@@ -100,9 +100,9 @@ def _bring(node: Node, materials: Materials, hardware: Any, place: Path) -> None
     """Stream the weights onto the mesh and write them as a checkpoint; `source.json` comes last and makes it whole."""
     import jax
 
+    from epigone.interchange.streaming import load_weights
+    from epigone.interchange.weight_files import open_weights
     from epigone.models.sharding import make_mesh
-    from epigone.models.streaming import load_weights
-    from epigone.models.weight_files import open_weights
     from epigone.training import checkpoint
 
     source = node.lesson.source

@@ -1,6 +1,6 @@
 """Parts of a config.json and the fields of DecoderConfig that they mean, each read and written by a pair of functions.
 
-A family of models (models/huggingface.py) is a tuple of such parts. `read` is given the whole file, with the family's
+A family of models (interchange/families.py) is a tuple of such parts. `read` is given the whole file, with the family's
 values where the file is silent; `write` a config in which nothing is left open.
 """
 
@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from epigone.errors import UserError
-from epigone.models import huggingface_rope as rope
+from epigone.interchange import rope
+from epigone.interchange.values import activation, activation_name, number, optional, switch, whole
 from epigone.models.config import DecoderConfig
-from epigone.models.huggingface_values import activation, activation_name, number, optional, switch, whole
 from epigone.models.language_model import Specials
 
 Values = Mapping[str, Any]

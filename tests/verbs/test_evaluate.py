@@ -14,9 +14,9 @@ import yaml
 from epigone.cli import main
 from epigone.data import corpora
 from epigone.evaluate import compare_models, evaluation_contexts
-from epigone.examine import Evaluate, examined
-from epigone.held_out import part_of, read_held_out
 from epigone.opened import open_node
+from epigone.verbs.evaluate import Evaluate, examined
+from epigone.verbs.held_out import part_of, read_held_out
 
 CONFIG = tiny.CONFIG.replace(
     "nodes = [trigram, *copies, teacher, *fan_out(teacher, [student]), reader]",

@@ -15,12 +15,12 @@ from gguf.quants import dequantize, quantize
 from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, load_gguf_checkpoint
 
 from epigone.errors import UserError
+from epigone.interchange.huggingface import read_config
+from epigone.interchange.streaming import load_weights
+from epigone.interchange.weight_files import open_weights
 from epigone.models.config import DecoderConfig
-from epigone.models.huggingface import read_config
 from epigone.models.language_model import Specials
 from epigone.models.rope import LinearScaling, Llama3Scaling
-from epigone.models.streaming import load_weights
-from epigone.models.weight_files import open_weights
 
 SIZES = {
     "vocab_size": 64,

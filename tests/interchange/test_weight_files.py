@@ -15,8 +15,8 @@ import transformers
 from safetensors.numpy import load_file, save_file
 
 from epigone.errors import UserError
-from epigone.models.huggingface import read_config
-from epigone.models.weight_files import open_weights
+from epigone.interchange.huggingface import read_config
+from epigone.interchange.weight_files import open_weights
 
 NORM = "model.layers.1.input_layernorm.weight"
 LAYERS = hf_models.LAYERS

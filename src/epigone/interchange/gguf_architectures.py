@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from epigone.models.huggingface_families import GEMMA2, GEMMA3, LLAMA, QWEN2, QWEN3, Family
+from epigone.interchange.families import GEMMA2, GEMMA3, LLAMA, QWEN2, QWEN3, Family
 
 
 @dataclass(frozen=True)

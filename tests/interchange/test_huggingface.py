@@ -8,9 +8,9 @@ import pytest
 import transformers
 
 from epigone.errors import UserError
+from epigone.interchange.families import FAMILIES, GPT2, LLAMA, MIXTRAL, QWEN3_MOE
+from epigone.interchange.huggingface import canonical, find_family, read_config, tensor_plan, write_config
 from epigone.models.config import DecoderConfig
-from epigone.models.huggingface import canonical, find_family, read_config, tensor_plan, write_config
-from epigone.models.huggingface_families import FAMILIES, GPT2, LLAMA, MIXTRAL, QWEN3_MOE
 from epigone.models.language_model import Specials
 from epigone.models.layers import exact_gelu, gelu, layer_norm, learned, offset_rms_norm, silu
 from epigone.models.rope import LinearScaling, Llama3Scaling, LongRopeScaling, YarnScaling

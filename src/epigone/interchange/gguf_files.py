@@ -14,8 +14,9 @@ from typing import Any
 import numpy as np
 
 from epigone.errors import UserError
-from epigone.models.file_digests import checksum, update_with_samples
-from epigone.models.gguf_architectures import (
+from epigone.interchange.digests import checksum, update_with_samples
+from epigone.interchange.families import QWEN2
+from epigone.interchange.gguf_architectures import (
     ARCHITECTURES,
     CHECKED,
     FREQUENCIES,
@@ -25,10 +26,9 @@ from epigone.models.gguf_architectures import (
     OUTER,
     Architecture,
 )
-from epigone.models.huggingface_families import QWEN2
-from epigone.models.huggingface_tensors import Box
+from epigone.interchange.safetensors_files import Tensors
+from epigone.interchange.tensors import Box
 from epigone.models.rope import Llama3Scaling, frequencies
-from epigone.models.safetensors_files import Tensors
 
 
 class GGUFFile:

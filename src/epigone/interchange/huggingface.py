@@ -4,7 +4,7 @@
     values = write_config(config)              # and back: the first family that represents it
     plan = tensor_plan(config, family)         # the tensors of its files, and where each lies in our parameters
 
-The families are rows of a table (models/huggingface_families.py). Every key of a config.json is read, known to change
+The families are rows of a table (interchange/families.py). Every key of a config.json is read, known to change
 nothing, or refused by name; so is every value that the decoder cannot represent.
 """
 
@@ -14,9 +14,9 @@ from dataclasses import fields, replace
 from typing import Any
 
 from epigone.errors import UserError
+from epigone.interchange.families import FAMILIES, Family
+from epigone.interchange.tensors import Tensor, tensors_of
 from epigone.models.config import DecoderConfig, layer_weights, outer_weights
-from epigone.models.huggingface_families import FAMILIES, Family
-from epigone.models.huggingface_tensors import Tensor, tensors_of
 from epigone.models.language_model import Specials
 from epigone.models.layers import learned
 

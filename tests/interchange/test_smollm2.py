@@ -15,11 +15,11 @@ from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
 from epigone.data.foreign_tokenizers import pretrained_tokenizer
 from epigone.data.tokenizers import Tokenizer
+from epigone.interchange.huggingface import read_config
+from epigone.interchange.streaming import load_weights
+from epigone.interchange.weight_files import open_weights
 from epigone.materials import fill
 from epigone.models import decoder
-from epigone.models.huggingface import read_config
-from epigone.models.streaming import load_weights
-from epigone.models.weight_files import open_weights
 from epigone.sampling.decode import sample
 
 PROMPTS = (

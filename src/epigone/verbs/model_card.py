@@ -7,7 +7,11 @@ from typing import Any, NamedTuple
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from epigone.descriptions import (
+from epigone.identity import canonical, restore
+from epigone.lineage import Node, Text, Written
+from epigone.opened import OpenedNode
+from epigone.store import open_run
+from epigone.verbs.descriptions import (
     Line,
     Record,
     corpus_name,
@@ -20,11 +24,7 @@ from epigone.descriptions import (
     plain,
     without_places,
 )
-from epigone.identity import canonical, restore
-from epigone.licences import Source, recognised, summary
-from epigone.lineage import Node, Text, Written
-from epigone.opened import OpenedNode
-from epigone.store import open_run
+from epigone.verbs.licences import Source, recognised, summary
 
 METRICS = (
     ("perplexity", "Perplexity per token"),

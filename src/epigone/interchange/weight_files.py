@@ -16,10 +16,10 @@ from typing import Any, Protocol
 import numpy as np
 
 from epigone.errors import UserError
+from epigone.interchange.huggingface import find_family, read_config, tensor_plan
+from epigone.interchange.safetensors_files import PICKLES, SafetensorsFolder, Tensors
+from epigone.interchange.tensors import Box, Tensor, check_tensors
 from epigone.models.config import DecoderConfig
-from epigone.models.huggingface import find_family, read_config, tensor_plan
-from epigone.models.huggingface_tensors import Box, Tensor, check_tensors
-from epigone.models.safetensors_files import PICKLES, SafetensorsFolder, Tensors
 
 HEAD = "lm_head.weight"
 _ROWS = 1024
@@ -72,7 +72,7 @@ def open_weights(path: Path) -> WeightFiles:
         raise UserError(f"'{path}' is a pickle, which may run any program: save the model as safetensors")
     files: WeightFiles
     if path.suffix == ".gguf":
-        from epigone.models.gguf_files import GGUFFile
+        from epigone.interchange.gguf_files import GGUFFile
 
         files = GGUFFile(path)
     else:

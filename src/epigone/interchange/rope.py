@@ -8,8 +8,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from epigone.errors import UserError
+from epigone.interchange.values import number, numbers, optional, switch, whole
 from epigone.models.config import DecoderConfig
-from epigone.models.huggingface_values import number, numbers, optional, switch, whole
 from epigone.models.layers import rotary
 from epigone.models.rope import LinearScaling, Llama3Scaling, LongRopeScaling, RopeScaling, YarnScaling
 

@@ -22,14 +22,14 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from epigone.errors import Fault, UserError
+from epigone.interchange.families import Family
+from epigone.interchange.huggingface import find_family, tensor_plan, write_config
+from epigone.interchange.safetensors_files import DTYPES, INDEX, SINGLE
+from epigone.interchange.tensors import Box, Slot, Tensor, file_box, from_file, to_file
+from epigone.interchange.weight_files import WeightFiles, plan_of
 from epigone.models.config import DecoderConfig, layer_weights, outer_weights
 from epigone.models.decoder import abstract
-from epigone.models.huggingface import find_family, tensor_plan, write_config
-from epigone.models.huggingface_families import Family
-from epigone.models.huggingface_tensors import Box, Slot, Tensor, file_box, from_file, to_file
-from epigone.models.safetensors_files import DTYPES, INDEX, SINGLE
 from epigone.models.sharding import Sharding, check
-from epigone.models.weight_files import WeightFiles, plan_of
 
 BLOCK = 2 << 20
 """Bytes that are read at a time: small beside a shard, large beside the cost of an update."""

@@ -17,22 +17,22 @@ from tokenizers import Tokenizer as Fast
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 
-from epigone import export as exporting
 from epigone.cli import main
 from epigone.data.corpora import TextFiles
 from epigone.data.tokenizers import Words
 from epigone.errors import UserError
-from epigone.export import Export, export, export_node
 from epigone.identity import canonical
+from epigone.interchange.huggingface import read_config
 from epigone.lineage import Evaluation, Lesson, Lineage, Node, Text, TrainedTokenizer
 from epigone.materials import fill
 from epigone.models import decoder
 from epigone.models.config import DecoderConfig
-from epigone.models.huggingface import read_config
 from epigone.models.ngram import NGram, NGramModel
 from epigone.opened import OpenedNode, open_node
 from epigone.store import Store
 from epigone.training import checkpoint
+from epigone.verbs import export as exporting
+from epigone.verbs.export import Export, export, export_node
 
 CORPUS = Text(TextFiles("corpus.txt"))
 WORDS = TrainedTokenizer(Words(), CORPUS)

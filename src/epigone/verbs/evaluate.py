@@ -9,11 +9,11 @@ from rich.console import Console
 
 from epigone import __version__
 from epigone.errors import UserError
-from epigone.figures import tables
-from epigone.held_out import part_of, read_held_out
 from epigone.opened import open_node
-from epigone.side_by_side import measure, named
 from epigone.store import write_json
+from epigone.verbs.figures import tables
+from epigone.verbs.held_out import part_of, read_held_out
+from epigone.verbs.side_by_side import measure, named
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ def examined(given: Evaluate) -> dict[str, Any]:
         found |= {"text": held_out.card, "documents": len(held_out.texts)}
         found |= measure(nodes, held_out, given.contexts, given.seed)
     if given.tasks:
-        from epigone.harness_tasks import task_results
+        from epigone.verbs.harness_tasks import task_results
 
         found.setdefault("node", named(opened))
         found["tasks"] = task_results(opened, given.tasks, seed=given.seed, chat=given.chat)

@@ -12,10 +12,10 @@ from epigone.evaluate.agreement import Comparison
 from epigone.evaluate.calibration import TopPredictions, first_choices
 from epigone.evaluate.contexts import evaluation_contexts, score_contexts
 from epigone.evaluate.quality import Likelihood
-from epigone.held_out import Encoded, HeldOut, encoded
 from epigone.models.language_model import MAX_LENGTH, Document, LanguageModel
 from epigone.opened import OpenedNode
-from epigone.progress import progress
+from epigone.verbs.held_out import Encoded, HeldOut, encoded
+from epigone.verbs.progress import progress
 
 CHUNK = 2**15
 """Tokens that are scored between two looks at the progress."""

@@ -11,12 +11,12 @@ import pytest
 import torch
 from safetensors import safe_open
 
+from epigone.interchange.huggingface import find_family, read_config
+from epigone.interchange.streaming import load_weights, save_weights
+from epigone.interchange.weight_files import open_weights
 from epigone.models import decoder
 from epigone.models.config import DecoderConfig
-from epigone.models.huggingface import find_family, read_config
 from epigone.models.language_model import Specials
-from epigone.models.streaming import load_weights, save_weights
-from epigone.models.weight_files import open_weights
 from epigone.sampling.decode import sample
 
 SPECIALS = Specials(pad=0, bos=1, eos=2, unk=None, never=())

@@ -6,11 +6,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from epigone.models import huggingface_fields as parts
-from epigone.models import huggingface_tensors as modules
-from epigone.models.huggingface_fields import Part, one
-from epigone.models.huggingface_tensors import Module
-from epigone.models.huggingface_values import number, switch
+from epigone.interchange import fields as parts
+from epigone.interchange import tensors as modules
+from epigone.interchange.fields import Part, one
+from epigone.interchange.tensors import Module
+from epigone.interchange.values import number, switch
 from epigone.models.layers import layer_norm, learned, offset_rms_norm, rms_norm, rotary
 
 Values = Mapping[str, Any]

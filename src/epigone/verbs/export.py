@@ -15,9 +15,9 @@ import tyro
 from epigone import __version__
 from epigone.errors import UserError
 from epigone.materials import fill
-from epigone.model_card import model_card
 from epigone.models.language_model import Specials
 from epigone.opened import OpenedNode, open_node
+from epigone.verbs.model_card import model_card
 
 MANIFEST = "epigone.json"
 """Says of which node a folder is an export, and what was in its files."""
@@ -82,8 +82,8 @@ def export(opened: OpenedNode, to: Path, *, dtype: str | None = None, shard_byte
 
 def _write(opened: OpenedNode, folder: Path, dtype: str | None, shard_bytes: int) -> None:
     """Every file but the manifest."""
-    from epigone.models.huggingface import write_config
-    from epigone.models.streaming import save_weights
+    from epigone.interchange.huggingface import write_config
+    from epigone.interchange.streaming import save_weights
 
     config = fill(opened.node.model, opened.tokenizer)
     config = replace(config, weights_dtype=dtype or config.weights_dtype)

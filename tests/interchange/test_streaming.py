@@ -16,13 +16,13 @@ import transformers
 from safetensors.numpy import load_file
 
 from epigone.errors import Fault, UserError
-from epigone.models import streaming
+from epigone.interchange import streaming
+from epigone.interchange.huggingface import find_family, read_config
+from epigone.interchange.streaming import load_weights, save_weights
+from epigone.interchange.weight_files import open_weights
 from epigone.models.config import DecoderConfig
 from epigone.models.decoder import init
-from epigone.models.huggingface import find_family, read_config
 from epigone.models.sharding import Sharding, make_mesh
-from epigone.models.streaming import load_weights, save_weights
-from epigone.models.weight_files import open_weights
 
 EVEN = DecoderConfig(
     vocab_size=90, layers=3, model_size=32, heads=4, kv_heads=2, head_size=6, ff_size=48, vocab_multiple=8, tied=False
@@ -177,10 +177,10 @@ CHILD = """
 import ctypes, sys, jax
 from pathlib import Path
 from safetensors.numpy import load_file
-from epigone.models.huggingface import read_config
+from epigone.interchange.huggingface import read_config
 from epigone.models.sharding import make_mesh
-from epigone.models.streaming import load_weights
-from epigone.models.weight_files import open_weights
+from epigone.interchange.streaming import load_weights
+from epigone.interchange.weight_files import open_weights
 
 def memory(what):
     return 1024 * int(Path("/proc/self/status").read_text().split(what + ":")[1].split()[0])

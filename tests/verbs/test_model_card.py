@@ -12,14 +12,14 @@ from epigone.data.corpora import TextFiles
 from epigone.data.tokenizers import Words
 from epigone.identity import canonical
 from epigone.lessons.objective import TEXT_ALONE, Objective
-from epigone.licences import Source, recognised, summary
 from epigone.lineage import Evaluation, Lesson, Lineage, Node, Pretrained, Text, TrainedTokenizer, Written
-from epigone.model_card import model_card
 from epigone.models.config import DecoderConfig
 from epigone.models.ngram import NGram
 from epigone.opened import OpenedNode, open_node
 from epigone.store import Store
 from epigone.training.config import Training
+from epigone.verbs.licences import Source, recognised, summary
+from epigone.verbs.model_card import model_card
 
 CORPUS = TextFiles("/home/somebody/private/verses.txt")
 WORDS = TrainedTokenizer(Words(), Text(CORPUS))
