@@ -31,7 +31,9 @@ import numpy as np
 from epigone.models.config import DecoderConfig
 from epigone.models.decoder import init, parameter_count
 from epigone.models.language_model import Specials
+from epigone.models.sharding import Sharding
 from epigone.sampling.decode import sample
+from epigone.sampling.loop import prepare as prepare_parameters
 
 Generate = Callable[[list[list[int]], int, bool], list[list[int]]]
 """Prompts (bos included), number of new tokens, greedy -> new tokens of each row."""
@@ -57,6 +59,7 @@ def our_config(shape: Shape) -> DecoderConfig:
     """The decoder in Epigone; its eos is never drawn."""
     return DecoderConfig(
         vocab_size=shape.vocab_size,
+        vocab_multiple=1,
         layers=shape.layers,
         model_size=shape.model_size,
         heads=shape.heads,
@@ -66,11 +69,17 @@ def our_config(shape: Shape) -> DecoderConfig:
 
 
 def epigone(config: DecoderConfig, params: Any) -> Generate:
-    """sampling.decode.sample, which puts bos in front itself."""
+    """sampling.decode.sample, which puts bos in front itself; the parameters are prepared once."""
+    prepared = prepare_parameters(config, Sharding(), params)
 
     def generate(prompts: list[list[int]], new: int, greedy: bool) -> list[list[int]]:
         rows = [np.array(prompt[1:], np.int32) for prompt in prompts]
-        options: dict[str, Any] = {"length": new, "temperature": float(not greedy), "slots": len(prompts)}
+        options: dict[str, Any] = {
+            "length": new,
+            "temperature": float(not greedy),
+            "slots": len(prompts),
+            "prepared": prepared,
+        }
         drawn = sample(config, params, rows, next(SEEDS), **options)
         return [one.tokens.tolist() for (one,) in drawn]
 

@@ -3,6 +3,10 @@
 The ring is indexed by decoding step, not by a row's own position: at step t every row writes column t mod S, in
 place and with no scatter, and sees the columns written since its own document began. So a row may start a new
 document at any step, at no cost, and a prompt that has been read is laid into the columns just before step t.
+
+What is kept of a token depends on what is before it alone, with one exception: where rotations depend on a row's length
+(LongRopeScaling), a row that grows across the original length keeps what it has read by the factors of short rows, and
+the forward pass over the whole row would read all of it by those of long ones.
 """
 
 from collections.abc import Callable
