@@ -16,9 +16,8 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
 from epigone.models.sharding import Sharding, in_mesh, placed
-from epigone.sampling import processors
-from epigone.sampling.draw import BLOCK, pick
-from epigone.sampling.loop import Knobs, Switches
+from epigone.sampling.draw import drawn
+from epigone.sampling.loop import Knobs, Switches, limited
 
 PROPOSE, JUDGE, REPLACE = slice(0, 2), 2, slice(3, 5)
 """The uniform numbers of a position, by their purpose."""
@@ -36,22 +35,11 @@ class Found(NamedTuple):
     kept_B: jax.Array
 
 
-def uniforms(keys: jax.Array) -> jax.Array:
-    """Five numbers from 0, included, to 1, excluded, for each key; 24 bits each."""
-    bits = jax.vmap(lambda key: jax.random.bits(key, (NUMBERS,), jnp.uint32))(keys.ravel())
-    return ((bits >> 8).astype(jnp.float32) * 2.0**-24).reshape(*keys.shape, NUMBERS)
-
-
 def probabilities(switch: Switches, knobs: Knobs, logits: jax.Array) -> jax.Array:
     """Of the next token [..., V], after temperature, top-k and top-p; at temperature 0 the best token has all."""
     if switch.greedy:
         return jax.nn.one_hot(jnp.argmax(logits, axis=-1), logits.shape[-1])
-    logits = processors.temperature(logits, knobs.temperature)
-    if switch.top_k:
-        logits = processors.top_k(logits, knobs.top_k)
-    if switch.top_p:
-        logits = processors.top_p(logits, knobs.top_p)
-    return jax.nn.softmax(logits, axis=-1)
+    return jax.nn.softmax(limited(switch, knobs, logits), axis=-1)
 
 
 def propose(
@@ -113,15 +101,6 @@ def residual(p_BV: jax.Array, q_BV: jax.Array) -> jax.Array:
     """(p - q)+, not normalised; p where rounding leaves nothing of it, which is where nothing is ever refused."""
     rest_BV = jnp.maximum(p_BV - q_BV, 0.0)
     return jnp.where(jnp.any(rest_BV > 0, axis=-1, keepdims=True), rest_BV, p_BV)
-
-
-def drawn(weights_BV: jax.Array, uniform_B2: jax.Array) -> jax.Array:
-    """Tokens [B] in proportion to their weights, as `draw` draws them, with given uniform numbers."""
-    B, V = weights_BV.shape
-    blocks = jnp.pad(weights_BV, ((0, 0), (0, -V % BLOCK))).reshape(B, -1, BLOCK)
-    block_B = pick(jnp.sum(blocks, axis=-1), uniform_B2[:, 0])
-    chosen = jnp.take_along_axis(blocks, block_B[:, None, None], axis=1)[:, 0]
-    return block_B * BLOCK + pick(chosen, uniform_B2[:, 1])
 
 
 def _chosen(values_BTV: jax.Array, tokens_BT: jax.Array) -> jax.Array:

@@ -22,11 +22,20 @@ def token_keys(seed_key: jax.Array, prompt_B: jax.Array, sample_B: jax.Array, po
 
 def draw(logits_BV: jax.Array, keys_B: jax.Array) -> jax.Array:
     """Tokens [B] drawn from softmax(logits), one for each row and key; never one of probability 0 in float32."""
-    B, V = logits_BV.shape
     weights_BV = jnp.exp(logits_BV - jnp.max(logits_BV, axis=-1, keepdims=True))
+    return drawn(weights_BV, uniforms(keys_B, 2))
+
+
+def uniforms(keys: jax.Array, numbers: int) -> jax.Array:
+    """Numbers from 0, included, to 1, excluded, for each key: [..., numbers], 24 bits each."""
+    bits = jax.vmap(lambda key: jax.random.bits(key, (numbers,), jnp.uint32))(keys.ravel())
+    return ((bits >> 8).astype(jnp.float32) * 2.0**-24).reshape(*keys.shape, numbers)
+
+
+def drawn(weights_BV: jax.Array, uniform_B2: jax.Array) -> jax.Array:
+    """Tokens [B] in proportion to their weights, with two uniform numbers a row."""
+    B, V = weights_BV.shape
     blocks = jnp.pad(weights_BV, ((0, 0), (0, -V % BLOCK))).reshape(B, -1, BLOCK)
-    bits_B2 = jax.vmap(lambda key: jax.random.bits(key, (2,), jnp.uint32))(keys_B)
-    uniform_B2 = (bits_B2 >> 8).astype(jnp.float32) * 2.0**-24
     block_B = pick(jnp.sum(blocks, axis=-1), uniform_B2[:, 0])
     chosen = jnp.take_along_axis(blocks, block_B[:, None, None], axis=1)[:, 0]
     return block_B * BLOCK + pick(chosen, uniform_B2[:, 1])

