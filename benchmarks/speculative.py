@@ -41,8 +41,10 @@ from epigone.lessons.objective import Objective
 from epigone.lineage import Lesson, Lineage, Node, Text, TrainedTokenizer
 from epigone.models.config import DecoderConfig
 from epigone.models.decoder import parameter_count
+from epigone.models.sharding import Sharding
 from epigone.opened import open_node
 from epigone.sampling.decode import DecoderLanguageModel, sample
+from epigone.sampling.loop import prepare as prepare_parameters
 from epigone.sampling.speculative import Model, SpeculationReport, speculative_sample
 from epigone.training.loop import Training
 from epigone.training.optimizer import Optimizer
@@ -111,8 +113,10 @@ def jobs_of(target: Model, draft: Model, prompts: list[np.ndarray], length: int)
     """Plain sampling with either model, and speculation with every draft length."""
 
     def plain(model: Model) -> Job:
+        prepared = prepare_parameters(model[0], Sharding(), model[1])
+
         def job(seed: int) -> None:
-            sample(*model, prompts, seed, length=length, slots=len(prompts))
+            sample(*model, prompts, seed, length=length, slots=len(prompts), prepared=prepared)
 
         return job
 

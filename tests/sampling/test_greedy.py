@@ -9,7 +9,7 @@ from decoder_variants import LLAMA, VARIANTS, spread_params
 
 from epigone.models.decoder import apply, init
 from epigone.models.sharding import Sharding, make_mesh
-from epigone.sampling import greedy
+from epigone.sampling import scores
 from epigone.sampling.greedy import continuation_scores
 
 forward = jax.jit(apply, static_argnums=0)
@@ -59,7 +59,7 @@ def test_greedy_is_told_from_all_but_greedy():
 def test_scores_do_not_depend_on_how_many_rows_fit(monkeypatch):
     params, pieces = spread_params(LLAMA), drawn_pieces(LLAMA)
     whole = continuation_scores(LLAMA, Sharding(), params, pieces)
-    monkeypatch.setattr(greedy, "TOKENS", 2 * LLAMA.max_length)
+    monkeypatch.setattr(scores, "TOKENS", 2 * LLAMA.max_length)
     parts = continuation_scores(LLAMA, Sharding(), params, pieces)
     np.testing.assert_allclose(parts, whole, rtol=1e-5, atol=1e-5)
 

@@ -11,8 +11,8 @@ from flax import nnx
 
 from epigone.models.config import DecoderConfig
 from epigone.models.decoder import structure
-from epigone.models.sharding import Sharding, batch_parts, placed
-from epigone.sampling.scores import LOGITS, TOKENS, bucket
+from epigone.models.sharding import Sharding, placed
+from epigone.sampling.scores import bucket, fitting_chunk, fitting_rows, target_scores
 
 SHORTEST_END = 8
 """Continuations are padded to this times a power of two."""
@@ -40,21 +40,15 @@ def continuation_scores(
         C = min(SHORTEST_END << max(0, (len(targets_C) - 1) // SHORTEST_END).bit_length(), T)
         by_shape.setdefault((T, C), []).append(index)
     for (T, C), members in sorted(by_shape.items()):
-        B = _rows(config, sharding, T, C, len(members))
+        B = fitting_rows(config, sharding, T, C, len(members))
+        chunk = fitting_chunk(config, B)
         for start in range(0, len(members), B):
             part = members[start : start + B]
             rows = _right_aligned([pieces[index] for index in part], B, T, C, config.specials.pad)
-            log_prob_B, greedy_B = jax.device_get(_score(config, sharding, params, *rows))
+            log_prob_B, greedy_B = jax.device_get(_score(config, sharding, chunk, params, *rows))
             for b, index in enumerate(part):
                 found[index] = float(log_prob_B[b]), bool(greedy_B[b])
     return found
-
-
-def _rows(config: DecoderConfig, sharding: Sharding, T: int, C: int, wanted: int) -> int:
-    """A power of two of rows whose logits and tokens fit, and no more than are wanted, times the parts of the batch."""
-    parts = batch_parts(sharding)
-    fitting = max(1, min(LOGITS // (config.sizes.V * C), TOKENS // T) // parts)
-    return parts << min(fitting.bit_length() - 1, (-(-wanted // parts) - 1).bit_length())
 
 
 def _right_aligned(
@@ -70,9 +64,9 @@ def _right_aligned(
     return tokens_BT, targets_BC, lengths_B, ends_B
 
 
-@partial(jax.jit, static_argnames=("config", "sharding"))
+@partial(jax.jit, static_argnames=("config", "sharding", "chunk"))
 def _score(
-    config: DecoderConfig, sharding: Sharding, params: Any, tokens_BT, targets_BC, lengths_B, ends_B
+    config: DecoderConfig, sharding: Sharding, chunk: int, params: Any, tokens_BT, targets_BC, lengths_B, ends_B
 ) -> tuple[jax.Array, jax.Array]:
     """Sum of the targets' log-probabilities, and whether all are the most probable, the lowest id among equals [B]."""
     model = nnx.merge(structure(config, sharding), params)
@@ -81,12 +75,8 @@ def _score(
     segments_BT = (positions_BT >= 0).astype(jnp.int32)
     inputs = (tokens_BT, jnp.maximum(positions_BT, 0), segments_BT)
     hidden_BTD = model(*(placed(x, sharding.activation("BT")) for x in inputs))
-    logits_BCV = model.logits(hidden_BTD[:, T - C :])
     targets_BC, asked_BC = (
         placed(x, sharding.activation("BT")) for x in (targets_BC, jnp.arange(C) >= C - ends_B[:, None])
     )
-    is_target_BCV = jnp.arange(logits_BCV.shape[-1]) == targets_BC[..., None]
-    target_BC = jnp.sum(jnp.where(is_target_BCV, logits_BCV, 0.0), axis=-1)
-    log_prob_BC = target_BC - jax.nn.logsumexp(logits_BCV, axis=-1)
-    greedy_BC = jnp.argmax(logits_BCV, axis=-1) == targets_BC
+    log_prob_BC, greedy_BC = target_scores(model, chunk, hidden_BTD[:, T - C :], targets_BC)
     return jnp.sum(jnp.where(asked_BC, log_prob_BC, 0.0), axis=1), jnp.all(greedy_BC | ~asked_BC, axis=1)

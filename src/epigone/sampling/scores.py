@@ -10,7 +10,7 @@ import numpy as np
 from flax import nnx
 
 from epigone.models.config import DecoderConfig
-from epigone.models.decoder import structure
+from epigone.models.decoder import Decoder, structure
 from epigone.models.language_model import Document, Specials
 from epigone.models.sharding import Sharding, batch_parts, placed
 
@@ -21,7 +21,7 @@ LOGITS = 2**25
 TOKENS = 2**13
 """Tokens that are scored at once, at most."""
 CONTEXTS = 32
-"""Contexts whose next token is scored at once."""
+"""Contexts whose next token is scored at once, at most."""
 
 
 class Window(NamedTuple):
@@ -75,7 +75,8 @@ def windows_scores(
     for window in windows:
         by_length.setdefault(min(bucket(len(window.inputs)), config.max_length), []).append(window)
     for T, group in sorted(by_length.items()):
-        rows = _rows(config, sharding, T)
+        rows = fitting_rows(config, sharding, T, T)
+        chunk = fitting_chunk(config, rows)
         for start in range(0, len(group), rows):
             part = group[start : start + rows]
             numbers = np.full((2, rows, T), config.specials.pad, np.int32)
@@ -83,7 +84,7 @@ def windows_scores(
             for b, window in enumerate(part):
                 lengths_B[b] = len(window.inputs)
                 numbers[:, b, : lengths_B[b]] = window.inputs, window.targets
-            scores_BT = np.asarray(_score(config, sharding, params, *numbers, lengths_B))
+            scores_BT = np.asarray(_score(config, sharding, chunk, params, *numbers, lengths_B))
             for b, window in enumerate(part):
                 yield window, scores_BT[b, lengths_B[b] - window.scored : lengths_B[b]]
 
@@ -93,7 +94,7 @@ def next_scores(config: DecoderConfig, sharding: Sharding, params: Any, contexts
     out = np.zeros((len(contexts), config.vocab_size or 0), np.float32)
     longest = max((len(context) + 1 for context in contexts), default=1)
     T = min(bucket(longest), config.max_length)
-    rows = -(-CONTEXTS // batch_parts(sharding)) * batch_parts(sharding)
+    rows = fitting_rows(config, sharding, T, 1, min(CONTEXTS, len(contexts)))
     for start in range(0, len(contexts), rows):
         part = contexts[start : start + rows]
         tokens_BT, lengths_B = np.full((rows, T), config.specials.pad, np.int32), np.ones(rows, np.int32)
@@ -104,11 +105,50 @@ def next_scores(config: DecoderConfig, sharding: Sharding, params: Any, contexts
     return out
 
 
-def _rows(config: DecoderConfig, sharding: Sharding, T: int) -> int:
-    """A power of two of rows whose logits fit, times the parts of the batch."""
+def fitting_rows(config: DecoderConfig, sharding: Sharding, T: int, C: int, wanted: int = TOKENS) -> int:
+    """A power of two of rows, times the parts of the batch: no more than are wanted, and 1 where not even 2 fit.
+
+    T tokens of each row are read, and the head is asked at C of them.
+    """
     parts = batch_parts(sharding)
-    fitting = max(1, min(LOGITS // config.sizes.V, TOKENS) // (T * parts))
-    return parts << (fitting.bit_length() - 1)
+    fitting = max(1, min(LOGITS // (config.sizes.V * C), TOKENS // T) // parts)
+    return parts << min(fitting.bit_length() - 1, max(0, -(-wanted // parts) - 1).bit_length())
+
+
+def fitting_chunk(config: DecoderConfig, rows: int) -> int:
+    """Tokens of each row whose logits fit."""
+    return max(1, LOGITS // (config.sizes.V * rows))
+
+
+def target_scores(
+    model: Decoder, chunk: int, hidden_BTD: jax.Array, targets_BT: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Log-probability of each target [B, T], and whether it is the most probable token, the lowest id among equals.
+
+    The head reads `chunk` tokens of each row at a time, so that a long row and a large vocabulary never have all of
+    their logits at once. A target's logit is picked by comparison, so that V may be cut.
+    """
+
+    def scored(hidden_BCD: jax.Array, targets_BC: jax.Array) -> tuple[jax.Array, jax.Array]:
+        logits_BCV = model.logits(hidden_BCD)
+        is_target_BCV = jnp.arange(logits_BCV.shape[-1]) == targets_BC[..., None]
+        target_BC = jnp.sum(jnp.where(is_target_BCV, logits_BCV, 0.0), axis=-1)
+        greedy_BC = jnp.argmax(logits_BCV, axis=-1) == targets_BC
+        return target_BC - jax.nn.logsumexp(logits_BCV, axis=-1), greedy_BC
+
+    B, T = targets_BT.shape
+    if chunk >= T:
+        return scored(hidden_BTD, targets_BT)
+    pieces = -(-T // chunk)
+    C = -(-T // pieces)
+
+    def cut(x_BT: jax.Array) -> jax.Array:
+        padded = jnp.pad(x_BT, [(0, 0), (0, pieces * C - T), *[(0, 0)] * (x_BT.ndim - 2)])
+        return jnp.moveaxis(padded.reshape(B, pieces, C, *x_BT.shape[2:]), 1, 0)
+
+    found = jax.lax.map(lambda x: scored(*x), (cut(hidden_BTD), cut(targets_BT)))
+    log_prob_BT, greedy_BT = (jnp.moveaxis(x, 0, 1).reshape(B, pieces * C)[:, :T] for x in found)
+    return log_prob_BT, greedy_BT
 
 
 def _hidden(config: DecoderConfig, sharding: Sharding, params: Any, tokens_BT: jax.Array, lengths_B: jax.Array):
@@ -121,14 +161,13 @@ def _hidden(config: DecoderConfig, sharding: Sharding, params: Any, tokens_BT: j
     return model, model(*rows)
 
 
-@partial(jax.jit, static_argnames=("config", "sharding"))
-def _score(config: DecoderConfig, sharding: Sharding, params: Any, tokens_BT, targets_BT, lengths_B) -> jax.Array:
-    """Log-probability of each target [B, T]: its logit, picked by comparison so that V may be cut, less logsumexp."""
+@partial(jax.jit, static_argnames=("config", "sharding", "chunk"))
+def _score(
+    config: DecoderConfig, sharding: Sharding, chunk: int, params: Any, tokens_BT, targets_BT, lengths_B
+) -> jax.Array:
+    """Log-probability of each target [B, T]."""
     model, hidden_BTD = _hidden(config, sharding, params, tokens_BT, lengths_B)
-    logits_BTV = model.logits(hidden_BTD)
-    targets_BT = placed(targets_BT, sharding.activation("BT"))
-    is_target = jnp.arange(logits_BTV.shape[-1]) == targets_BT[..., None]
-    return jnp.sum(jnp.where(is_target, logits_BTV, 0.0), axis=-1) - jax.nn.logsumexp(logits_BTV, axis=-1)
+    return target_scores(model, chunk, hidden_BTD, placed(targets_BT, sharding.activation("BT")))[0]
 
 
 @partial(jax.jit, static_argnames=("config", "sharding"))

@@ -18,10 +18,10 @@ from flax import nnx
 from epigone.errors import UserError
 from epigone.models.config import DecoderConfig
 from epigone.models.language_model import Document
-from epigone.models.sharding import Sharding, batch_parts
+from epigone.models.sharding import Sharding
 from epigone.sampling.decode import SLOTS, Sample
 from epigone.sampling.loop import Knobs, switches
-from epigone.sampling.scores import aligned, bucket
+from epigone.sampling.scores import aligned, bucket, fitting_rows
 from epigone.sampling.speculative_loop import Pair, Tally, speculate
 
 Model = tuple[DecoderConfig, nnx.State]
@@ -89,8 +89,8 @@ def speculative_sample(
     A text has the distribution that the target alone gives it at this temperature, top-k and top-p, and is its greedy
     text at temperature 0; the draft's own scores go through the same temperature, top-k and top-p. Sample j of prompt
     i depends on the models, the prompt, draft_length and (seed, i, j), not on the other rows, up to float32 rounding;
-    it is another text than `sample` draws with the same seed. No array is larger than
-    [slots, draft_length + 1, vocabulary].
+    it is another text than `sample` draws with the same seed. No array over the vocabulary is larger than
+    [slots, draft_length + 1, vocabulary], and of `slots` no more are used than keep that within `scores.LOGITS`.
 
     Raises UserError for two models that do not read the same tokens, and for texts that do not fit them.
     """
@@ -114,9 +114,9 @@ def speculative_sample(
 
 
 def _shape(pair: Pair, prompts: Sequence[Document], rows: int) -> tuple[int, int]:
-    """Rows, a power of two that the mesh can cut, and columns of the prompts."""
-    parts = batch_parts(pair.sharding)
-    B = -(-(1 << max(0, rows - 1).bit_length()) // parts) * parts
+    """Rows, a power of two of those whose logits fit, times the parts of the batch; and columns of the prompts."""
+    read = pair.draft_length + 1
+    B = fitting_rows(pair.target, pair.sharding, read, read, rows)
     longest = max((len(prompt) for prompt in prompts), default=0)
     return B, min(bucket(longest + 1), pair.target.max_length, pair.draft.max_length)
 
