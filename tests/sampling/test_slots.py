@@ -98,6 +98,29 @@ def steps_of(monkeypatch, share, prompts, count):
     return sum(total), [len(text.tokens) for (text,) in found]
 
 
+@pytest.mark.parametrize("tokens", [1, 32, 64])
+def test_no_more_prompts_are_read_together_than_fit(monkeypatch, together, tokens):
+    shapes = []
+
+    def counted(config, sharding, prepared, state, texts):
+        shapes.append(texts.tokens_RT.shape)
+        return loop.refill(config, sharding, prepared, state, texts)
+
+    monkeypatch.setattr(slots, "refill", counted)
+    monkeypatch.setattr(slots, "TOKENS", tokens)
+    monkeypatch.setattr(slots, "SHARE", 2)
+    assert_same(sample(CONFIG, PARAMS, PROMPTS, SEED, samples=2, length=LENGTH, slots=4), together)
+    assert not [shape for shape in shapes if shape[0] > max(1, tokens // max(16, shape[1] - 1))]
+    assert shapes[0] == (max(1, tokens // 32), 33)
+    assert max(R for R, _ in shapes) == {1: 1, 32: 2, 64: 2}[tokens]
+
+
+def test_what_is_read_together_is_cut_over_the_mesh():
+    assert [slots._readable(length, 1) for length in (0, 16, 17, 3000, 9000)] == [8192, 512, 256, 2, 1]
+    assert [slots._readable(length, 4) for length in (0, 16, 3000, 9000)] == [8192, 512, 4, 4]
+    assert slots._readable(100, 3) == 48
+
+
 def test_no_text_waits_for_the_longest(monkeypatch):
     prompts = PROMPTS * 4
     refilled, lengths = steps_of(monkeypatch, 4, prompts, 4)

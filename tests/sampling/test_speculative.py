@@ -14,7 +14,7 @@ from epigone.models.decoder import abstract, init
 from epigone.models.language_model import EOS, Specials
 from epigone.models.rope import LongRopeScaling
 from epigone.models.sharding import Sharding, make_mesh
-from epigone.sampling import acceptance, speculative_loop
+from epigone.sampling import acceptance, scores, speculative, speculative_loop
 from epigone.sampling.decode import DecoderLanguageModel, sample
 from epigone.sampling.loop import Knobs, switches
 from epigone.sampling.speculative import speculative_sample
@@ -260,6 +260,25 @@ def test_no_array_is_larger_than_the_logits_of_one_pass():
     rows = (np.zeros((16, 16), np.int32), *[B_] * 4)
     traced = jax.make_jaxpr(lambda *a: speculate(pair, *a))(*params, *rows, jax.random.key(0), Knobs(1.0, 5, 0.9))
     assert max(sizes(traced.jaxpr)) == 16 * 5 * 2000
+
+
+def test_no_more_slots_are_used_than_have_room_for_their_logits(monkeypatch):
+    models = (LLAMA, init(LLAMA, 0)), (OTHER, init(OTHER, 1))
+    wanted = {"samples": 2, "length": 4, "draft_length": 3}
+    whole, _ = speculative_sample(*models, PROMPTS, 0, **wanted)
+    rows = []
+
+    def counted(pair, *arrays):
+        rows.append(len(arrays[2]))
+        return speculate(pair, *arrays)
+
+    monkeypatch.setattr(speculative, "speculate", counted)
+    monkeypatch.setattr(scores, "LOGITS", 3 * 4 * LLAMA.sizes.V)
+    assert_same(speculative_sample(*models, PROMPTS, 0, **wanted)[0], whole)
+    assert rows == [2] * len(PROMPTS)
+    monkeypatch.setattr(scores, "LOGITS", 1)
+    assert_same(speculative_sample(*models, PROMPTS, 0, **wanted)[0], whole)
+    assert rows[len(PROMPTS) :] == [1] * 2 * len(PROMPTS)
 
 
 def sizes(jaxpr):

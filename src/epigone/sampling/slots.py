@@ -23,7 +23,7 @@ from epigone.sampling.loop import (
     start_empty,
     switches,
 )
-from epigone.sampling.scores import aligned, bucket
+from epigone.sampling.scores import TOKENS, aligned, bucket
 
 CHUNK = 256
 """Steps for which a record of what was drawn has room; the host looks at it then, or when slots are free."""
@@ -79,9 +79,9 @@ def pieces(
     while left or any(owners):
         size = few if any(owners) else slots
         while left and owners.count(None) >= min(size, left):
-            texts = _texts(config, work, waiting, owners, size, min(size, left))
+            for texts in _texts(config, sharding, work, waiting, owners, size, min(size, left)):
+                state = refill(config, sharding, prepared, state, texts)
             left -= min(size, left)
-            state = refill(config, sharding, prepared, state, texts)
             size = few
         until = Until(steps, min(few, left) if left else slots)
         state, record = decode(config, sharding, CHUNK, switch, prepared, state, key, knobs, until)
@@ -96,19 +96,28 @@ def _waiting(work: Work) -> Iterator[tuple[int, int]]:
 
 def _texts(
     config: DecoderConfig,
+    sharding: Sharding,
     work: Work,
     waiting: Iterator[tuple[int, int]],
     owners: list[tuple[int, int] | None],
     size: int,
     count: int,
-) -> Texts:
-    """The next `count` texts, put into free slots; the last one stands there again until there are `size` rows."""
+) -> Iterator[Texts]:
+    """The next `count` texts, put into free slots: `size` rows together, or as many as may be read together.
+
+    The last text stands there again where there are fewer than that.
+    """
     free = [slot for slot, owner in enumerate(owners) if owner is None][:count]
     rows = [next(waiting) for _ in free]
     for slot, row in zip(free, rows, strict=True):
         owners[slot] = row
-    again = [-1] * (size - count)
-    order = [*range(count), *again]
+    together = min(size, _readable(len(work.prompts[rows[0][0]]), batch_parts(sharding)))
+    for first in range(0, count, together):
+        yield _laid(config, work, [min(r, count - 1) for r in range(first, first + together)], free, rows)
+
+
+def _laid(config: DecoderConfig, work: Work, order: list[int], free: list[int], rows: list[tuple[int, int]]) -> Texts:
+    """Some of the rows and their slots, in this order, as arrays."""
     prompts = [work.prompts[rows[r][0]] for r in order]
     T = min(_padded(max(len(prompt) for prompt in prompts)) + 1, config.max_length)
     tokens_RT, length_R = aligned(prompts, T, right=True, specials=config.specials)
@@ -116,6 +125,11 @@ def _texts(
     numbers_R2 = np.array([rows[r] for r in order], np.int32)
     slot_R = np.array([free[r] for r in order], np.int32)
     return Texts(slot_R, tokens_RT, length_R, limit_R.astype(np.int32), *numbers_R2.T)
+
+
+def _readable(length: int, parts: int) -> int:
+    """A power of two of prompts up to this length that hold no more than TOKENS, times the parts of the batch."""
+    return parts << (max(1, TOKENS // max(1, _padded(length)) // parts).bit_length() - 1)
 
 
 def _grown(state: State, record: Drawn, owners: list[tuple[int, int] | None]) -> Iterator[Piece]:

@@ -90,7 +90,7 @@ def speculative_sample(
     text at temperature 0; the draft's own scores go through the same temperature, top-k and top-p. Sample j of prompt
     i depends on the models, the prompt, draft_length and (seed, i, j), not on the other rows, up to float32 rounding;
     it is another text than `sample` draws with the same seed. No array over the vocabulary is larger than
-    [slots, draft_length + 1, vocabulary], and of `slots` no more are used than keep that within `scores.LOGITS`.
+    [slots, draft_length + 1, vocabulary], and no more of the slots are used than keep that within `scores.LOGITS`.
 
     Raises UserError for two models that do not read the same tokens, and for texts that do not fit them.
     """
@@ -115,8 +115,7 @@ def speculative_sample(
 
 def _shape(pair: Pair, prompts: Sequence[Document], rows: int) -> tuple[int, int]:
     """Rows, a power of two of those whose logits fit, times the parts of the batch; and columns of the prompts."""
-    read = pair.draft_length + 1
-    B = fitting_rows(pair.target, pair.sharding, read, read, rows)
+    B = fitting_rows(pair.target, pair.sharding, 1, pair.draft_length + 1, rows)
     longest = max((len(prompt) for prompt in prompts), default=0)
     return B, min(bucket(longest + 1), pair.target.max_length, pair.draft.max_length)
 
