@@ -112,6 +112,32 @@ def test_spaces_at_the_end_of_a_context_belong_to_the_continuation():
     np.testing.assert_allclose(plain[0], rows[np.arange(len(ids)), ids][first:].sum(), rtol=1e-9)
 
 
+@pytest.mark.parametrize(("context", "continuation"), [("The old cat", ""), ("The old cat", "  "), ("", " ")])
+def test_a_continuation_without_a_token_is_refused_by_name(context, continuation, models):
+    """Scored, it would be a certain answer: log-probability 0."""
+    with pytest.raises(UserError, match=f"continuation '{continuation}' adds no token") as error:
+        models["trigram"].loglikelihood(asked(("The old", " cat"), (context, continuation)))
+    assert "\n" not in str(error.value)
+
+
+def test_a_continuation_that_merges_into_the_context_is_refused():
+    class Joins:
+        """Two letters are one token, and a last one alone is one."""
+
+        identity = "joins"
+
+        def encode(self, text):
+            return np.array([3 + ord(text[n]) % 8 for n in range(0, len(text), 2)], np.int32)
+
+        def decode(self, ids):
+            return "".join(chr(97 + index) for index in ids)
+
+    model = NGramModel.fit(NGram(), [Joins().encode("abcabdacbd")], 12)
+    with pytest.raises(UserError, match="continuation 'b' adds no token"):
+        HarnessModel(model, Joins()).loglikelihood(asked(("cda", "b")))
+    assert len(HarnessModel(model, Joins()).loglikelihood(asked(("cd", "ab")))) == 1
+
+
 def test_asking_token_by_token_equals_one_pass(decoder, words):
     """Two ways to the same scores, greedy ones among them."""
     ids = [np.r_[BOS, words.encode(text)].astype(np.int32)[:12] for text in TEXTS[:12]]

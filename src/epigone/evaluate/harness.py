@@ -124,10 +124,19 @@ class HarnessModel(LM):
         return ids if self.chat and len(ids) and ids[0] == bos else np.r_[bos, ids].astype(np.int32)
 
     def _continuation(self, context: str, continuation: str) -> list[Piece]:
-        """Spaces at the end of a context belong to the word that follows, so they go to the continuation."""
+        """Spaces at the end of a context belong to the word that follows, so they go to the continuation.
+
+        Raises UserError where nothing of the continuation is left to score: it would count as certain.
+        """
         kept = context.rstrip()
         whole = self._with_bos(context + continuation)
-        return pieces_of(whole, len(whole) - len(self._with_bos(kept)), self.max_length)
+        count = len(whole) - len(self._with_bos(kept))
+        if count < 1:
+            raise UserError(
+                f"continuation {continuation!r} adds no token after {kept[-40:]!r}: the node's tokenizer drops it or "
+                f"joins it to what stands before, so the task cannot be scored with it"
+            )
+        return pieces_of(whole, count, self.max_length)
 
     def _scores(self, asked: Sequence[list[Piece]]) -> list[Scored]:
         """Scores of texts that are one or several pieces; long pieces first, so that the time left is never too low."""
