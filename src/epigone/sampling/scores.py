@@ -94,14 +94,15 @@ def next_scores(config: DecoderConfig, sharding: Sharding, params: Any, contexts
     out = np.zeros((len(contexts), config.vocab_size or 0), np.float32)
     longest = max((len(context) + 1 for context in contexts), default=1)
     T = min(bucket(longest), config.max_length)
-    rows = fitting_rows(config, sharding, T, 1, min(CONTEXTS, len(contexts)))
-    for start in range(0, len(contexts), rows):
-        part = contexts[start : start + rows]
+    most = fitting_rows(config, sharding, T, 1, CONTEXTS)
+    for start in range(0, len(contexts), most):
+        part = contexts[start : start + most]
+        rows = fitting_rows(config, sharding, T, 1, len(part))
         tokens_BT, lengths_B = np.full((rows, T), config.specials.pad, np.int32), np.ones(rows, np.int32)
         for b, context in enumerate(part):
             read = np.r_[config.specials.bos, context][-T:]
             tokens_BT[b, : len(read)], lengths_B[b] = read, len(read)
-        out[start : start + rows] = np.asarray(_next(config, sharding, params, tokens_BT, lengths_B))[: len(part)]
+        out[start : start + most] = np.asarray(_next(config, sharding, params, tokens_BT, lengths_B))[: len(part)]
     return out
 
 
