@@ -2,7 +2,11 @@
 
 import hashlib
 import json
+import os
 import re
+import signal
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -288,6 +292,66 @@ def test_an_export_that_fails_leaves_what_was_there(own, tmp_path, monkeypatch, 
             export(own, tmp_path / to, dtype="bfloat16")
         assert snapshot(tmp_path) == before
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from epigone.verbs import export
+rename = Path.rename
+def killing(path, to):
+    if path.name.endswith(".partial"):
+        os.kill(os.getpid(), signal.SIGKILL)
+    return rename(path, to)
+Path.rename = killing
+with export._whole(Path(sys.argv[1])) as folder:
+    (folder / "README.md").write_text("unfinished")
+"""
+
+
+def killed_between_the_renames(to: Path) -> None:
+    """An export to the folder by another process, which ends where the folder is away for an instant."""
+    assert subprocess.run([sys.executable, "-c", KILLED, str(to)], check=False).returncode == -signal.SIGKILL
+    assert not to.exists()
+    assert {path.suffix for path in to.parent.glob(f".{to.name}.*")} == {".partial", ".before"}
+
+
+def finished(folder: Path) -> dict[str, str]:
+    """The files below a folder but for those of exports that were killed before they were whole."""
+    return {name: digest for name, digest in snapshot(folder).items() if ".partial/" not in name}
+
+
+def test_what_a_killed_export_left_is_put_back_by_the_next(own, tmp_path, monkeypatch):
+    export(own, tmp_path / "out")
+    before = snapshot(tmp_path)
+    killed_between_the_renames(tmp_path / "out")
+    with monkeypatch.context() as patch:
+        patch.setattr(exporting, "DTYPES", ("float32", "int4"))
+        with pytest.raises(Exception, match="int4"):
+            export(own, tmp_path / "out", dtype="int4")
+    assert finished(tmp_path) == before
+    killed_between_the_renames(tmp_path / "out")
+    export(own, tmp_path / "out")
+    assert finished(tmp_path) == before
+
+
+def test_what_was_put_back_is_guarded_as_ever(own, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "thesis.txt").write_text("years of work")
+    killed_between_the_renames(tmp_path / "out")
+    with pytest.raises(UserError, match="has files that are no export"):
+        export(own, tmp_path / "out")
+    assert finished(tmp_path).keys() == {"out/thesis.txt"}
+
+
+def test_a_killed_process_of_the_same_number_is_in_nobodys_way(own, tmp_path):
+    export(own, tmp_path / "out")
+    before = snapshot(tmp_path)
+    for end in ("partial", "before"):
+        (tmp_path / f".out.{os.getpid()}.{end}").mkdir()
+        (tmp_path / f".out.{os.getpid()}.{end}" / "README.md").write_text("left")
+    export(own, tmp_path / "out")
+    assert snapshot(tmp_path) == before
 
 
 def test_the_verb(run, tmp_path, capsys):

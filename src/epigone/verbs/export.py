@@ -1,9 +1,9 @@
 """`epigone export NODE --to FOLDER`: a folder that transformers loads, with a model card; whole or not at all."""
 
 import contextlib
-import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -14,6 +14,7 @@ import tyro
 
 from epigone import __version__
 from epigone.errors import UserError
+from epigone.interchange.digests import checksum
 from epigone.materials import fill
 from epigone.models.language_model import Specials
 from epigone.opened import OpenedNode, open_node
@@ -56,7 +57,10 @@ def export(opened: OpenedNode, to: Path, *, dtype: str | None = None, shard_byte
     """Write config, weights, tokenizer, generation config and model card; the SHA-256 of each file by its name.
 
     transformers computes from it the logits that Epigone computes, but for the ids that Epigone never predicts.
-    The folder appears in one rename: an export that fails or is killed leaves what was there before.
+    All is written to `.NAME.PID.partial` beside the folder, which takes its place in one rename. An export that fails
+    leaves what was there before; one that is killed leaves its unfinished folder too. An older export is renamed to
+    `.NAME.PID.before` an instant earlier: a kill at that instant leaves no folder, and the next export to the same
+    place begins by putting the older one back.
 
     Raises:
         UserError: the node counts words; no family of transformers has its architecture; the folder holds
@@ -70,10 +74,11 @@ def export(opened: OpenedNode, to: Path, *, dtype: str | None = None, shard_byte
         raise UserError(f"dtype '{dtype}' is not one of {', '.join(DTYPES)}")
     if shard_bytes < 1:
         raise UserError(f"shard_size {shard_bytes // 10**6}: at least 1 megabyte")
+    _restore(to.resolve())
     _check_free(to, opened)
     with _whole(to) as folder:
         _write(opened, folder, dtype, shard_bytes)
-        files = {path.name: _sha256(path) for path in sorted(folder.iterdir())}
+        files = {path.name: checksum(path) for path in sorted(folder.iterdir())}
         said = {"node": opened.node.key, "identity": opened.record["identity"], "epigone": __version__, "files": files}
         (folder / MANIFEST).write_text(json.dumps(said, indent=1))
         _check_free(to, opened)
@@ -118,8 +123,20 @@ def _check_free(to: Path, opened: OpenedNode) -> None:
     if (node, identity) != (opened.node.key, opened.record["identity"]):
         raise UserError(f"'{to}' has an export of another node, '{node}' ({identity}): {advice}")
     for path in sorted(to.iterdir()):
-        if path.name != MANIFEST and (not path.is_file() or files.get(path.name) != _sha256(path)):
+        if path.name != MANIFEST and (not path.is_file() or files.get(path.name) != checksum(path)):
             raise UserError(f"'{path}' was added or changed since the export: move it away, or {advice}")
+
+
+def _restore(to: Path) -> None:
+    """Put back the older export that one which was killed had renamed away.
+
+    Should one be at that instant in another process, that one fails, as its place is taken, and nothing is lost.
+    """
+    name = re.compile(rf"\.{re.escape(to.name)}\.\d+\.before")
+    if to.parent.is_dir() and not to.exists():
+        left = [path for path in to.parent.iterdir() if name.fullmatch(path.name)]
+        if left:
+            max(left, key=lambda path: path.stat().st_mtime).rename(to)
 
 
 @contextlib.contextmanager
@@ -128,6 +145,8 @@ def _whole(to: Path) -> Iterator[Path]:
     to = to.resolve()
     partial, before = (to.parent / f".{to.name}.{os.getpid()}.{end}" for end in ("partial", "before"))
     to.parent.mkdir(parents=True, exist_ok=True)
+    for left in (partial, before):  # of a killed process that had the same number
+        shutil.rmtree(left, ignore_errors=True)
     partial.mkdir()
     try:
         yield partial
@@ -143,8 +162,3 @@ def _whole(to: Path) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
         if to.exists():
             shutil.rmtree(before, ignore_errors=True)
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
