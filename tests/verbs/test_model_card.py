@@ -1,8 +1,11 @@
 """A model card tells a stranger the truth, and what others wrote into records cannot break it."""
 
+import json
 import re
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,7 +22,7 @@ from epigone.opened import OpenedNode, open_node
 from epigone.store import Store
 from epigone.training.config import Training
 from epigone.verbs.licences import Source, recognised, summary
-from epigone.verbs.model_card import model_card
+from epigone.verbs.model_card import QWEN_WORDS, _tokenizer, model_card
 
 CORPUS = TextFiles("/home/somebody/private/verses.txt")
 WORDS = TrainedTokenizer(Words(), Text(CORPUS))
@@ -85,6 +88,35 @@ def run(tmp_path):
     counts = {"tokens": 1920, "flops": 3.21e9, "data": [CARD, written]}
     made.record("student@1", metrics=metrics, agreement=agreement, **counts)
     return made
+
+
+QWEN = {
+    "normalizer": {"type": "NFC"},
+    "pre_tokenizer": {
+        "type": "Sequence",
+        "pretokenizers": [
+            {"type": "Split", "pattern": {"Regex": QWEN_WORDS}, "behavior": "Isolated", "invert": False},
+            {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False},
+        ],
+    },
+}
+
+
+def test_a_tokenizer_that_transformers_would_replace_says_how_to_load_it(run):
+    opened = run.opened("student@1")
+    assert "PreTrainedTokenizerFast" not in model_card(opened, "llama", "float32")
+    card = model_card(opened, "qwen2", "float32")
+    assert "PreTrainedTokenizerFast.from" in card.replace("\\", "")
+    for described, told in ((QWEN, False), ({**QWEN, "normalizer": None}, True)):
+        inner = SimpleNamespace(to_str=partial(json.dumps, described))
+        tokenizer = SimpleNamespace(inner=inner, conventions=object())
+        assert bool(_tokenizer(SimpleNamespace(tokenizer=tokenizer), "qwen2")) == told
+
+
+def test_the_cuts_of_qwen_are_those_of_transformers():
+    from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
+
+    assert QWEN_WORDS == PRETOKENIZE_REGEX
 
 
 def front(card: str) -> dict[str, Any]:

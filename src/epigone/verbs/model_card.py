@@ -39,6 +39,12 @@ AGREEMENT = (
     ("reverse_kl", "KL(this || {other}), nats"),
 )
 
+QWEN_WORDS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+"""How Qwen's tokenizers cut text; transformers 5 cuts so for every folder of model type qwen2, whatever it says."""
+
 
 class Read(NamedTuple):
     """A real text of the lineage, as its card describes it, and who read it; every field ready to be shown."""
@@ -78,7 +84,7 @@ def model_card(opened: OpenedNode, family: str, dtype: str) -> str:
         sentence=_sentence(node, record),
         node=node,
         record=record,
-        glance=_glance(node, record, family, dtype),
+        glance=[*_glance(node, record, family, dtype), *_tokenizer(opened, family)],
         never=opened.tokenizer.specials.never,
         chat=opened.tokenizer.chat_template is not None,
         tree=lineage_tree(node.key, records),
@@ -167,6 +173,18 @@ def _glance(node: Node, record: Record, family: str, dtype: str) -> list[Line]:
     lines = [Line("Architecture", f"{shape}, up to {sizes.max_length} tokens"), Line("Weights", dtype + rounded)]
     lines += [Line("Learned from", ", ".join(f"{p['key']} ({p['role']})" for p in record["parents"]) or "nobody")]
     return [*lines, Line("Perplexity of held-out text", number(metrics.get("perplexity")))]
+
+
+def _tokenizer(opened: OpenedNode, family: str) -> list[Line]:
+    """How to load a tokenizer that transformers' AutoTokenizer would replace by Qwen's."""
+    tokenizer = opened.tokenizer
+    described = json.loads(tokenizer.inner.to_str())
+    cuts = json.dumps(described["pre_tokenizer"])
+    theirs = tokenizer.conventions is not None and json.dumps(QWEN_WORDS) in cuts
+    if family != "qwen2" or (theirs and described["normalizer"] == {"type": "NFC"}):
+        return []
+    how = "load it with transformers.PreTrainedTokenizerFast.from_pretrained(folder), not with AutoTokenizer"
+    return [Line("Tokenizer", f"{how}: that takes every folder of type qwen2 for Qwen's own and gives other ids")]
 
 
 def _data(records: Mapping[str, Record | None]) -> list[Read]:
