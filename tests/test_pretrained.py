@@ -100,9 +100,6 @@ def test_weights_are_imported_once_for_all_runs_and_outlive_their_source(run, fo
     lineage = lineage_of(moved, corpus, "again")
     shutil.rmtree(moved)
     before = {path: path.stat().st_mtime_ns for path in (run.parent / "data" / "pretrained").rglob("*")}
-    (run.parent / "again" / "tokenizers").mkdir(parents=True)
-    for path in (run / "tokenizers").iterdir():
-        shutil.copy(path, run.parent / "again" / "tokenizers")
     assert len(grown(lineage, run.parent / "again")) == 3
     assert {path: path.stat().st_mtime_ns for path in before} == before
     weights = [open_node("student", run.parent / name).model.params for name in ("imports", "again")]
@@ -149,6 +146,47 @@ def test_verbs_on_what_was_imported(folder, corpus, tmp_path, monkeypatch, capsy
     capsys.readouterr()
     assert main(["evaluate", "lama", "--on", corpus.pattern, "--json", "figures.json"]) == 0
     assert json.loads((tmp_path / "figures.json").read_text())
+
+
+@pytest.mark.parametrize("change", [{"layers": 1}, {"model_size": 12}, {"ff_size": 30}])
+def test_a_config_that_is_not_that_of_the_files_is_refused(folder, corpus, tmp_path, change):
+    lineage = lineage_of(folder, corpus)
+    wrong = replace(lineage["teacher@0"], model=replace(lineage["teacher@0"].model, **change))
+    with pytest.raises(UserError, match="teacher@0"):
+        grown(Lineage("wrong", (wrong,), None), tmp_path / "runs" / "wrong")
+    assert not list((tmp_path / "runs").rglob("record.json"))
+    assert grown(Lineage("right", (lineage["teacher@0"],), None), tmp_path / "runs" / "right")
+
+
+@pytest.mark.parametrize("lost", ["data/pretrained/*/model", "data/pretrained/*/checksums.json", "right/tokenizers"])
+def test_what_was_deleted_is_imported_again(folder, corpus, tmp_path, lost):
+    runs, node = tmp_path / "runs", pretrained(folder, "teacher")
+    lineage = Lineage("right", (node,), None)
+    assert grown(lineage, runs / "right") == ["teacher@0"]
+    assert grown(lineage, runs / "right") == []
+    for path in runs.glob(lost):
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    assert grown(lineage, runs / "right") == ["teacher@0"]
+    assert open_node("teacher", runs / "right").model.vocab_size == 131
+
+
+def test_a_trained_node_has_float32_weights(folder, corpus, tmp_path):
+    lineage = lineage_of(folder, corpus)
+    nodes = [
+        replace(node, model=replace(node.model, weights_dtype="bfloat16")) if node.name == "tuned" else node
+        for node in lineage.nodes
+    ]
+    with pytest.raises(UserError, match="'tuned@1' is trained, and weights_dtype 'bfloat16'"):
+        grown(replace(lineage, nodes=tuple(nodes)), tmp_path / "run")
+
+
+def test_another_models_run_is_not_taken(folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    hf_models.write(tmp_path / "other", "smollm2")
+    Words().build(tiny.sentences(200)).export(tmp_path / "other")
+    assert main(["import", str(folder), "--as", "one"]) == 0
+    assert main(["import", "other", "--as", "one"]) == 2
+    assert "another model" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -9,8 +9,8 @@ from epigone.cli import main
 
 CONFIG = Path(__file__).parent.parent / "configs" / "smollm2_student.py"
 FIELDS = ["evaluation.contexts=4", "evaluation.prompts=And the"]
-FIELDS += [f"{name}.lesson.training.batch_size=2" for name in ("student", "control")]
-FIELDS += [f"{name}.lesson.training.sequence_length=64" for name in ("student", "control")]
+FIELDS += [f"{name}.lesson.training.batch_size=2" for name in ("student", "mimic", "control")]
+FIELDS += [f"{name}.lesson.training.sequence_length=64" for name in ("student", "mimic", "control")]
 SMALL = ["--tokens", "300", "--held-out", "150", *(word for field in FIELDS for word in ("--set", field))]
 
 
@@ -45,8 +45,9 @@ def test_the_teacher_reads_english_and_its_student_is_held_against_it(run):
 
 def test_the_report_says_how_much_of_the_gap_is_closed(run):
     assert "of the gap to the teacher is closed" in (run / "report.html").read_text()
-    (one,) = json.loads((run / "results.json").read_text())["comparisons"]
-    assert one["gap_closed"]["count"] == 1
+    found = json.loads((run / "results.json").read_text())["comparisons"]
+    assert [one["student"] for one in found] == ["student@1", "mimic@1"]
+    assert all(one["gap_closed"]["count"] == 1 for one in found)
 
 
 def test_a_machine_without_the_package_is_told_how_to_get_it(monkeypatch, capsys, tmp_path):

@@ -89,16 +89,40 @@ def _check(nodes: list[Node], materials: Materials) -> None:
         texts += [lesson.validation] if lesson.validation else []
         texts += [node.tokenizer.text] if isinstance(node.tokenizer, TrainedTokenizer) else []
         if isinstance(node.model, NGram):
-            if lesson.weights or lesson.teacher or lesson.start_from:
-                raise UserError(f"node '{node.key}' counts words: it takes text alone, no weights, teacher, start_from")
+            if lesson.weights or lesson.teacher or lesson.start_from or lesson.source:
+                raise UserError(f"node '{node.key}' counts words: it takes text alone, no weights, teacher, start")
             if not isinstance(node.tokenizer, TrainedTokenizer):
                 raise UserError(f"node '{node.key}' counts words: it reads a tokenizer that is trained here, no other")
         elif lesson.source is None and (lesson.training is None or lesson.objective is None):
             raise UserError(f"node '{node.key}' is trained: its lesson needs an objective and a training")
+        elif lesson.source is None and node.model.weights_dtype != "float32":
+            raise UserError(
+                f"node '{node.key}' is trained, and weights_dtype '{node.model.weights_dtype}' rounds small steps "
+                "away: give it weights_dtype='float32' (dtype sets the type of the computation)"
+            )
         if lesson.start_from:
             check_start(node, materials)
+        if lesson.objective is not None:
+            _check_teacher(node, materials)
     for text in dict.fromkeys(texts):
         materials.strings(text)
+
+
+def _check_teacher(node: Node, materials: Materials) -> None:
+    """Refuse a teacher that is missing, not needed, or of another tokenizer, before anything is grown."""
+    from epigone.teachers import check_needed
+
+    lesson = node.lesson
+    check_needed(lesson.objective, lesson.teacher is not None)
+    if lesson.teacher is None:
+        return
+    teacher = materials.store.lineage[lesson.teacher]
+    theirs, ours = (materials.tokenizer(config) for config in (teacher.tokenizer, node.tokenizer))
+    if theirs.identity != ours.identity:
+        raise UserError(
+            f"node '{node.key}' and its teacher '{teacher.key}' read different tokenizers, '{ours.name}' and "
+            f"'{theirs.name}': give both one tokenizer"
+        )
 
 
 def _demand_parents(store: Store, node: Node) -> None:
@@ -175,6 +199,7 @@ def _train(
     # What the lesson's teacher and objective are is left out: a student and its control start alike and read alike.
     recipe = fingerprint([node.model, node.tokenizer, lesson.text, lesson.weights, lesson.training, node.seed])
     read = partial(Batches, rows, lesson.weights, lesson.training.batch_size, seed_of(recipe, "data"))
+    start = partial(starting_weights, node, materials, read(), seed_of(recipe, "train"))
     directory = materials.store.directory(node)
     view.stage("train", lesson.training.steps)
     began = time.monotonic()
@@ -186,7 +211,7 @@ def _train(
         seed=seed_of(recipe, "train"),
         identity=identity,
         teacher=_teacher(node, materials),
-        initial_params=starting_weights(node, materials, read(), seed_of(recipe, "train")),
+        initial_params=start if lesson.start_from else None,
         hardware=hardware,
         directory=directory / "training",
         on_step=view.step,

@@ -84,10 +84,12 @@ class Pretrained:
     Attributes:
         path: a Hugging Face folder or a GGUF file; where it lies is no part of a node's identity.
         digest: hash of what is in it.
+        licence: what it says of its licence; no part of the identity either.
     """
 
     path: str = field(compare=False, metadata={"identity": False})
     digest: str
+    licence: str | None = field(default=None, compare=False, metadata={"identity": False})
 
 
 @dataclass(frozen=True)
@@ -117,8 +119,11 @@ class Lesson:
     validation: Text | None = None
 
     def __post_init__(self) -> None:
-        if self.source and (self.text or self.teacher or self.start_from):
-            raise UserError(f"a node of '{self.source.path}' has its weights: it takes no text, teacher or start_from")
+        learns = self.text or self.teacher or self.start_from or self.objective or self.training or self.weights
+        if self.source and learns:
+            raise UserError(
+                f"a node of '{self.source.path}' has its weights: it takes no text, teacher, start_from or training"
+            )
         if self.inherit and not self.start_from:
             raise UserError("a lesson says what to inherit and from nobody: name the node with start_from")
 

@@ -53,7 +53,10 @@ class Materials:
 
     def _built(self, config: TokenizerConfig) -> Tokenizer:
         if not isinstance(config, TrainedTokenizer):
-            return config.build()
+            shared = self.store.data / "pretrained" / "tokenizers" / f"{fingerprint(config)}.json"
+            if not shared.exists():
+                config.build().save(shared)
+            return Tokenizer.load(shared)
         if config.text.skip or config.text.tokens is not None:
             raise UserError(f"a tokenizer is trained on a whole split, not on a part: {config.text}")
         return config.algorithm.build(list(self.strings(config.text)))

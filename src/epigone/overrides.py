@@ -76,6 +76,8 @@ def changed(value: Any, fields: list[str], text: str, assignment: str) -> Any:
     if rest:
         return dataclasses.replace(value, **{name: changed(old, rest, text, assignment)})
     annotation = typing.get_type_hints(type(value))[name]
+    if text == "None" and getattr(type(value), name, "absent") is None:
+        return dataclasses.replace(value, **{name: None})
     return dataclasses.replace(value, **{name: read(text, annotation, old, assignment)})
 
 

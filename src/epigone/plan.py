@@ -48,15 +48,15 @@ def plan(lineage: Lineage, store: Store) -> list[PlannedNode]:
 
 def _plan_node(node: Node, lineage: Lineage, store: Store, materials: Materials) -> PlannedNode:
     row = PlannedNode(node.key, kind(node), store.record(node) is not None, tuple(key for key, _ in node.parents))
+    if isinstance(node.model, NGram):
+        sizes = [source.tokens for source in node.lesson.text]
+        tokens = None if None in sizes else sum(size or 0 for size in sizes)
+        return replace(row, tokens=tokens, memory=tokens and tokens * COUNTING_BYTES_PER_TOKEN)
     if node.lesson.source:
         from epigone.models.decoder import parameter_count
 
         count = parameter_count(node.model)
         return replace(row, parameters=count, memory=count * (4 if node.model.weights_dtype == "float32" else 2))
-    if isinstance(node.model, NGram):
-        sizes = [source.tokens for source in node.lesson.text]
-        tokens = None if None in sizes else sum(size or 0 for size in sizes)
-        return replace(row, tokens=tokens, memory=tokens and tokens * COUNTING_BYTES_PER_TOKEN)
     return _plan_decoder(row, node, lineage, materials)
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from epigone.data.foreign_tokenizers import pretrained_tokenizer
 from epigone.errors import Fault, UserError
-from epigone.identity import canonical, restore
+from epigone.identity import restore
 from epigone.lineage import Lesson, Node, Pretrained
 from epigone.materials import Materials, fill
 from epigone.processes import is_first, wait
@@ -40,7 +40,7 @@ def pretrained(path: Path | str, name: str, *, bos: str | None = None, dtype: st
     files = open_weights(path)
     config = replace(read_config(files.config_json), dtype=dtype)
     tokenizer = pretrained_tokenizer(path, config.vocab_size or 0, bos)
-    lesson = Lesson(source=Pretrained(str(path.resolve()), files.digest))
+    lesson = Lesson(source=Pretrained(str(path.resolve()), files.digest, files.licence))
     return Node(name, 0, config, tokenizer, lesson, labels=labels)
 
 
@@ -65,9 +65,11 @@ def packaged(module: str, pattern: str = "*.gguf", *, install: str) -> Path:
 def _imported(run: Path) -> Node:
     """The one node of a run that `epigone import` made."""
     described = open_run(run)["nodes"]
+    if len(described) != 1:
+        raise UserError(f"'{run}' holds {len(described)} nodes and is no run of 'epigone import': name one of those")
     path = run / "nodes" / f"{described[0]['key']}-{described[0]['identity'][:8]}" / "record.json"
-    if len(described) != 1 or not path.is_file():
-        raise UserError(f"'{run}' is no run of 'epigone import': name one, a Hugging Face folder or a GGUF file")
+    if not path.is_file():
+        raise UserError(f"the import in '{run}' is not finished: give the same 'epigone import' again")
     node = restore(json.loads(path.read_text())["config"])
     if not isinstance(node, Node) or node.lesson.source is None:
         raise UserError(f"'{run}' holds '{described[0]['key']}', which was grown and not imported")
@@ -82,38 +84,42 @@ def import_weights(node: Node, materials: Materials, hardware: Any) -> dict[str,
     """
     from epigone.models.decoder import parameter_count
 
-    place = materials.store.weights(node).parent
-    missing = not (place / "source.json").exists()
-    wait(f"{node.key}: all have looked")
-    if missing:
-        with materials.store.lock_weights(node) if is_first() else contextlib.nullcontext():
-            _bring(node, materials, hardware, place)
-    wait(f"{node.key}: imported")
+    store, source = materials.store, node.lesson.source
+    assert source is not None
+    place = store.weights(node).parent
+    with store.lock_weights(node) if is_first() and not store.has_weights(node) else contextlib.nullcontext():
+        wait(f"{node.key}: nobody else imports it now")
+        if not store.has_weights(node):
+            _bring(node, source, materials, hardware, place)
+        wait(f"{node.key}: imported")
     try:
-        source = json.loads((place / "source.json").read_text())
-    except (OSError, ValueError):
-        raise Fault(f"{place / 'source.json'} is damaged: delete {place} and give the same command") from None
-    return {"parameters": parameter_count(fill(node.model, materials.tokenizer(node.tokenizer))), **source}
+        checksums = dict(json.loads((place / "checksums.json").read_text()))
+    except (OSError, ValueError, TypeError):
+        raise Fault(f"{place / 'checksums.json'} is damaged: delete {place} and give the same command") from None
+    said = {"path": source.path, "licence": source.licence, "files": checksums}
+    return {"parameters": parameter_count(fill(node.model, materials.tokenizer(node.tokenizer))), "source": said}
 
 
-def _bring(node: Node, materials: Materials, hardware: Any, place: Path) -> None:
-    """Stream the weights onto the mesh and write them as a checkpoint; `source.json` comes last and makes it whole."""
+def _bring(node: Node, source: Pretrained, materials: Materials, hardware: Any, place: Path) -> None:
+    """Stream the weights onto the mesh and write them as a checkpoint; the checksums come last and make it whole."""
     import jax
 
     from epigone.interchange.streaming import load_weights
-    from epigone.interchange.weight_files import open_weights
+    from epigone.interchange.weight_files import check_fits, open_weights
     from epigone.models.sharding import make_mesh
     from epigone.training import checkpoint
 
-    source = node.lesson.source
-    assert source is not None
+    if not Path(source.path).exists():
+        raise UserError(f"'{source.path}', of which node '{node.key}' is made, is gone: put it back")
     files = open_weights(Path(source.path))
     if files.digest != source.digest:
         raise UserError(f"'{source.path}' is no longer what node '{node.key}' names: import it again")
     config = fill(node.model, materials.tokenizer(node.tokenizer))
-    mesh = make_mesh(hardware.data, hardware.fsdp, hardware.tensor)
-    with jax.set_mesh(mesh):
+    try:
+        check_fits(files, config)
+    except UserError as error:
+        raise UserError(f"node '{node.key}' is not the model in '{source.path}': {error}") from None
+    with jax.set_mesh(make_mesh(hardware.data, hardware.fsdp, hardware.tensor)):
         checkpoint.save_params(place / "model", load_weights(files, config))
     if is_first():
-        said = {"licence": files.licence, "files": files.checksums(), "path": source.path}
-        write_json(place / "source.json", {"source": said, "architecture": canonical(config)})
+        write_json(place / "checksums.json", files.checksums())

@@ -35,7 +35,7 @@ def check_start(node: Node, materials: Materials) -> None:
 
 
 def starting_weights(node: Node, materials: Materials, batches: Batches, seed: int) -> Any:
-    """The weights to start from, or None for a fresh start.
+    """The weights to start from.
 
     Args:
         node: the node, checked by `check_start`.
@@ -43,11 +43,9 @@ def starting_weights(node: Node, materials: Materials, batches: Batches, seed: i
         batches: global batches of the lesson; the first of them weigh the parent's units.
         seed: of the weights that are not inherited.
     """
-    if node.lesson.start_from is None:
-        return None
     import jax
 
-    parent: Any = materials.model(materials.store.lineage[node.lesson.start_from])
+    parent: Any = materials.model(materials.store.lineage[node.lesson.start_from or ""])
     config, how = _sized(node, materials), node.lesson.inherit
     if how is None:
         return jax.tree.map(lambda array: array.astype(config.weights_dtype), parent.params)

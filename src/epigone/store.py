@@ -32,20 +32,31 @@ class Store:
     def weights(self, node: Node) -> Path:
         """Where its model lies."""
         source = node.lesson.source
-        return self.data / "pretrained" / source.digest[:16] / "model" if source else self.directory(node) / "model"
+        if source is None:
+            return self.directory(node) / "model"
+        shape = {k: v for k, v in canonical(node.model).items() if k not in ("dtype", "remat", "specials")}
+        kept_as = fingerprint(shape)
+        return self.data / "pretrained" / f"{source.digest[:16]}-{kept_as[:4]}" / "model"
+
+    def has_weights(self, node: Node) -> bool:
+        """Whether an imported node's weights lie there whole."""
+        place = self.weights(node)
+        return (place / "manifest.json").exists() and (place.parent / "checksums.json").exists()
 
     def written(self, source: Written) -> Path:
         """Where the text that a node writes for one kind of sampling lies."""
         return self.directory(self.lineage[source.by]) / "text" / fingerprint(source)[:8]
 
     def tokenizer(self, config: Any) -> Path:
-        """Where a tokenizer lies."""
+        """Where a tokenizer lies in the run."""
         return self.run / "tokenizers" / f"{fingerprint(config)}.json"
 
     def record(self, node: Node) -> dict[str, Any] | None:
-        """The record of a node that is done; None before."""
+        """The record of a node that is done; None before, and where what an imported node needs was deleted."""
         path = self.directory(node) / "record.json"
         if not path.exists():
+            return None
+        if node.lesson.source and not (self.has_weights(node) and self.tokenizer(node.tokenizer).exists()):
             return None
         try:
             record = json.loads(path.read_text())
@@ -112,8 +123,8 @@ class Store:
             yield
 
     def lock_weights(self, node: Node) -> contextlib.AbstractContextManager[TextIO]:
-        """Keep others out while this process imports weights, which other runs may want too."""
-        return _locked(self.weights(node).parent / "lock", fcntl.LOCK_EX)
+        """Wait until no other run imports these weights, and keep others out."""
+        return _locked(self.weights(node).parent / "lock", fcntl.LOCK_EX, patient=True)
 
 
 def kind(node: Node) -> str:
@@ -147,12 +158,12 @@ def _finite(value: Any) -> Any:
 
 
 @contextlib.contextmanager
-def _locked(path: Path, mode: int) -> Iterator[TextIO]:
+def _locked(path: Path, mode: int, patient: bool = False) -> Iterator[TextIO]:
     """Hold an advisory lock on a file, which the system takes back when the process ends, however it ends."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a+") as file:
         try:
-            fcntl.flock(file, mode | fcntl.LOCK_NB)
+            fcntl.flock(file, mode if patient else mode | fcntl.LOCK_NB)
         except BlockingIOError:
             file.seek(0)
             owner = f"process {file.read().strip()}" if path.stat().st_size else "processes that grow single nodes"

@@ -132,7 +132,7 @@ def _json(path: Path) -> dict[str, Any]:
         return {}
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"'{path}' is damaged: {error}") from error
     if not isinstance(found, dict):
         raise UserError(f"'{path}' is damaged: it holds no object")
@@ -151,6 +151,8 @@ def _chat_template(path: Path, config: Mapping[str, Any]) -> str | None:
     template = config.get("chat_template")
     if isinstance(template, list):
         template = {entry["name"]: entry["template"] for entry in template}.get("default")
+    if not isinstance(template, str | None):
+        raise UserError(f"'{path / 'tokenizer_config.json'}' has a chat_template that is no text: {template!r:.60}")
     return template
 
 

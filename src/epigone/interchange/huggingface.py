@@ -90,7 +90,7 @@ def find_family(values: Values) -> Family:
     """The row of the table that a config.json belongs to. Raises UserError when there is none."""
     known = {family.model_type: family for family in FAMILIES}
     name = values.get("model_type")
-    if name not in known:
+    if not isinstance(name, str) or name not in known:
         longer = [other for other in known if other.startswith(f"{name}_")]
         close = longer or difflib.get_close_matches(str(name), known, n=1)
         hint = f", did you mean '{close[0]}'?" if close else ""

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from epigone.errors import UserError
-from epigone.interchange.values import number, numbers, optional, switch, whole
+from epigone.interchange.values import number, numbers, optional, positive, switch, whole
 from epigone.models.config import DecoderConfig
 from epigone.models.layers import rotary
 from epigone.models.rope import LinearScaling, Llama3Scaling, LongRopeScaling, RopeScaling, YarnScaling
@@ -63,13 +63,15 @@ def _read_global(values: Values, given: Values, default_type: str) -> dict[str, 
     theta = given.get("rope_theta") or values.get("rope_theta")
     share = given.get("partial_rotary_factor") or values.get("partial_rotary_factor") or 1.0
     return {
-        "rope_theta": number("rope_theta", theta),
+        "rope_theta": positive("rope_theta", theta),
         "rope_fraction": number("partial_rotary_factor", share),
         "rope_scaling": _scaling(kind, given, values),
     }
 
 
 def _kind(given: Values) -> str:
+    if not isinstance(given, Mapping):
+        raise UserError(f"rope parameters are {given!r}: an object is wanted")
     return str(given.get("rope_type") or given.get("type") or "default")
 
 
@@ -91,10 +93,10 @@ def _scaling(kind: str, given: Values, values: Values) -> RopeScaling | None:
     if missing:
         raise UserError(f"rope_type '{kind}' lacks {', '.join(missing)}")
     if kind == "linear":
-        return LinearScaling(number("factor", given["factor"]))
+        return LinearScaling(positive("factor", given["factor"]))
     longest = values["max_position_embeddings"]
     length = whole(_LENGTH, values.get(_LENGTH) or given.get(_LENGTH) or longest)
-    factor = number("factor", given.get("factor") or longest / length)
+    factor = positive("factor", given.get("factor") or longest / length)
     if kind == "llama3":
         low, high = (number(key, given[key]) for key in ("low_freq_factor", "high_freq_factor"))
         return Llama3Scaling(factor, low, high, length)

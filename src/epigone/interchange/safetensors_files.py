@@ -164,7 +164,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file. Raises UserError when there is none."""
     try:
         values = json.loads(path.read_text())
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RecursionError) as error:
         raise UserError(f"'{path}' is no JSON file ({error})") from None
     if not isinstance(values, dict):
         raise UserError(f"'{path}' holds no JSON object")

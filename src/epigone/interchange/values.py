@@ -1,5 +1,6 @@
 """Values of config.json, checked: each function takes a key and its value, and raises UserError for a wrong kind."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -21,15 +22,22 @@ _ACTIVATIONS = {
 
 def whole(key: str, value: Any) -> int:
     """A whole number."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or value != int(value):
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or value % 1 != 0:
         raise UserError(f"{key} is {value!r}: a whole number is wanted")
     return int(value)
 
 
 def number(key: str, value: Any) -> float:
-    """A number."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+    """A finite number."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
         raise UserError(f"{key} is {value!r}: a number is wanted")
+    return float(value)
+
+
+def positive(key: str, value: Any) -> float:
+    """A number above 0."""
+    if number(key, value) <= 0:
+        raise UserError(f"{key} is {value!r}: a number above 0 is wanted")
     return float(value)
 
 

@@ -49,7 +49,7 @@ class WeightFiles(Protocol):
 
     @property
     def digest(self) -> str:
-        """Hash of config, tokenizer, headers, and samples of the weights; any training changes it."""
+        """Hash of config, tokenizer, headers and weights; of files above 1 GiB, samples of the weights."""
         ...
 
     def checksums(self) -> dict[str, str]:
@@ -94,16 +94,23 @@ def _plan(values: Mapping[str, Any], tensors: Tensors, config: DecoderConfig) ->
     return tensor_plan(config, family, bare=not any(name.startswith(family.prefix) for name in tensors))
 
 
+def check_fits(files: WeightFiles, config: DecoderConfig) -> None:
+    """Refuse a config that is not that of these files. Raises UserError for the first tensor that does not fit."""
+    if config.layers > len(files.tensors):
+        raise UserError(f"the config has {config.layers} layers, and the files {len(files.tensors)} tensors")
+    shapes = {name: shape for name, (shape, _) in files.tensors.items()}
+    spare = (*find_family(files.config_json).spare, *((re.escape(HEAD),) if config.tied else ()))
+    check_tensors(plan_of(files, config), shapes, spare)
+
+
 def _check(files: WeightFiles) -> None:
     values = files.config_json
     config = read_config(values)
-    shapes = {name: shape for name, (shape, _) in files.tensors.items()}
-    if config.tied and HEAD in shapes and _head_differs(files, config):
+    if config.tied and HEAD in files.tensors and _head_differs(files, config):
         warnings.warn(f"tie_word_embeddings is set and {HEAD} is no copy of the embeddings: it is used", stacklevel=3)
         values["tie_word_embeddings"] = False
         config = read_config(values)
-    spare = (*find_family(values).spare, *((re.escape(HEAD),) if config.tied else ()))
-    check_tensors(plan_of(files, config), shapes, spare)
+    check_fits(files, config)
 
 
 def _head_differs(files: WeightFiles, config: DecoderConfig) -> bool:

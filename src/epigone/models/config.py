@@ -122,6 +122,9 @@ class DecoderConfig:
         for name in ("vocab_size", "kv_heads", "head_size", "ff_size", "window", "experts"):
             if getattr(self, name) is not None:
                 _at_least_one(name, getattr(self, name))
+        for name in ("norm_epsilon", "rope_theta"):
+            if not 0 < getattr(self, name) < float("inf"):
+                raise UserError(f"{name} is {getattr(self, name)}: a number above 0 is wanted")
         _check_heads(self)
         _check_positions(self)
         _check_layers(self)

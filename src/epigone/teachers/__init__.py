@@ -71,15 +71,9 @@ def check_compatible(
     Raises:
         UserError: a teacher is missing, unused or without scores, or its vocabulary or tokenizer is another.
     """
+    check_needed(objective, teacher is not None)
     if teacher is None:
-        if objective.needs_teacher:
-            raise UserError(
-                f"objective: hard_weight={objective.hard_weight:g} needs a teacher, and the lesson has none: "
-                "name one, or set hard_weight=1"
-            )
         return
-    if not objective.needs_teacher:
-        raise UserError("objective: hard_weight=1 learns from the text alone, and the lesson names a teacher: drop one")
     if teacher.signal is not Signal.DENSE_LOGITS:
         raise UserError(
             f"the teacher gives {teacher.signal.value}, and the objective takes {Signal.DENSE_LOGITS.value}: choose a "
@@ -96,3 +90,14 @@ def check_compatible(
             f"teacher and student read different tokenizers of the same size {vocab_size} {names}, identities "
             f"{teacher.tokenizer_identity} and {tokenizer_identity}: give both one tokenizer"
         )
+
+
+def check_needed(objective: Objective, has_teacher: bool) -> None:
+    """Refuse an objective without the teacher that it needs, and a teacher that it does not. Raises UserError."""
+    if objective.needs_teacher and not has_teacher:
+        raise UserError(
+            f"objective: hard_weight={objective.hard_weight:g} needs a teacher, and the lesson has none: "
+            "name one, or set hard_weight=1"
+        )
+    if has_teacher and not objective.needs_teacher:
+        raise UserError("objective: hard_weight=1 learns from the text alone, and the lesson names a teacher: drop one")

@@ -59,7 +59,7 @@ def train(
     identity: str,
     directory: Path,
     teacher: Teacher | None = None,
-    initial_params: Any = None,
+    initial_params: Callable[[], Any] | None = None,
     hardware: Hardware = Hardware(),
     on_step: Callable[[StepReport], None] | None = None,
     key: str | None = None,
@@ -75,7 +75,7 @@ def train(
         identity: of the node; a checkpoint of another one is refused.
         directory: for checkpoints and TensorBoard events.
         teacher: gives scores, where the objective needs them.
-        initial_params: weights to start from instead of random ones; they are copied.
+        initial_params: gives weights to start from instead of random ones; asked only where no checkpoint is found.
         hardware: mesh, micro-batches, how often to write a checkpoint.
         on_step: called with each finished step, while the next one runs.
         key: the node's name for messages; its identity if absent.
@@ -101,7 +101,7 @@ def train(
             state, about = restored
             progress = Progress(**about)
         else:
-            params = decoder.init(model, seed) if initial_params is None else _placed(initial_params, model)
+            params = decoder.init(model, seed) if initial_params is None else _placed(initial_params(), model)
             state, progress = begin(params), Progress()
             del params
         start = int(state["step"])

@@ -9,11 +9,12 @@ from typing import Annotated
 import tyro
 from rich.console import Console
 
+from epigone.errors import UserError
 from epigone.grow import grow
 from epigone.lineage import Lineage
 from epigone.pretrained import pretrained
 from epigone.processes import is_first
-from epigone.store import Store
+from epigone.store import Store, open_run
 from epigone.training.config import Hardware
 from epigone.view import Terminal
 
@@ -46,6 +47,7 @@ def import_node(given: Import) -> None:
     node = pretrained(given.path, given.name, bos=given.bos, dtype=given.dtype)
     run = given.run or Path("runs") / given.name
     lineage = Lineage(given.name, (node,), None, f"Imported from {given.path}")
+    _check_free(run, lineage)
     with Terminal(lineage.name, {node.key: 1.0}, Console(quiet=not is_first())) as view:
         grow(lineage, run, hardware=given.hardware, data=given.data, view=view)
     if not is_first():
@@ -55,3 +57,11 @@ def import_node(given: Import) -> None:
     print(f"{node.key}: {record['parameters']:,} parameters, {sizes.L} layers, D {sizes.D}, vocabulary {sizes.V:,}")
     print(f"licence {record['source']['licence'] or 'unknown'}; weights in {os.path.normpath(run / record['weights'])}")
     print(f'try: epigone sample {run}/{node.key} --prompt "..." --n 1')
+
+
+def _check_free(run: Path, lineage: Lineage) -> None:
+    """Refuse a run directory that is another's: its nodes would be found no more."""
+    if (run / "lineage.json").exists():
+        others = {node["key"] for node in open_run(run)["nodes"] if node["identity"] not in lineage.identities.values()}
+        if others:
+            raise UserError(f"'{run}' holds {', '.join(sorted(others))}, another model: name another run with --run")
