@@ -8,6 +8,7 @@ import signal
 import sys
 import textwrap
 import threading
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -86,6 +87,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one verb. Returns the exit code: 0 well, 2 bad input, 1 a fault, 128 + n stopped by signal n."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     runtime.prepare()
+    warnings.formatwarning = lambda message, *_, **__: f"epigone: {' '.join(str(message).split())}\n"
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")
     try:

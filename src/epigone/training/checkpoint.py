@@ -40,7 +40,7 @@ def save_params(directory: Path, params: Any) -> None:
     arrays = _flat(params)
     hidden = _hidden(directory)
     with _writing(directory):
-        _start_saving(hidden, arrays)()
+        _start_saving(hidden, arrays, kept=True)()
         _seal(hidden, directory, {"arrays": _signature(arrays)})
 
 
@@ -169,15 +169,18 @@ def _check_signature(directory: Path, manifest: dict[str, Any], abstract: Any) -
             raise UserError(f"checkpoint {directory} is of another model: '{name}' is {a} there and {b} here")
 
 
-def _start_saving(hidden: Path, arrays: dict[str, Any]) -> Callable[[], None]:
-    """Copy the arrays off the devices, start to write them, and return a function that waits for the end."""
+def _start_saving(hidden: Path, arrays: dict[str, Any], kept: bool = False) -> Callable[[], None]:
+    """Copy the arrays off the devices, start to write them, and return a function that waits for the end.
+
+    Arrays that are `kept` as they are until then need no copy.
+    """
     import orbax.checkpoint as ocp
 
     if jax.process_index() == 0:
         shutil.rmtree(hidden, ignore_errors=True)
         hidden.mkdir(parents=True)
     _barrier("checkpoint directory")
-    if jax.process_count() == 1 and jax.default_backend() == "cpu":
+    if jax.process_count() == 1 and jax.default_backend() == "cpu" and not kept:
         # On a CPU a NumPy view of an array is the array itself, which the next step overwrites: make real copies.
         arrays = {name: np.array(array) for name, array in arrays.items()}
     checkpointer = ocp.StandardCheckpointer()
