@@ -66,6 +66,12 @@ def test_the_gap_to_the_teacher_is_closed_in_nats(tmp_path):
     assert f"; {np.mean(expected):.0%} ({min(expected):.0%} to {max(expected):.0%}) of the gap" in verdict(one)
 
 
+def test_a_student_that_is_worse_closes_nothing(tmp_path):
+    (one,) = _compared(tmp_path, [80.0], [70.0])
+    assert one.gap_closed.mean == pytest.approx(np.log(70 / 80) / np.log(70 / 50))
+    assert f"no part of the gap to the teacher is closed: it is {-one.gap_closed.mean:.0%} wider" in verdict(one)
+
+
 def test_there_is_no_gap_to_a_teacher_that_is_worse(tmp_path):
     (one,) = _compared(tmp_path, [60.0], [45.0])
     assert one.gap_closed is None

@@ -62,6 +62,8 @@ def _gap(one: Comparison) -> str:
     if gap is None:
         return ""
     between = f" ({gap.low:.0%} to {gap.high:.0%})" if gap.count > 1 else ""
+    if gap.mean < 0:
+        return f"; no part of the gap to the teacher is closed: it is {-gap.mean:.0%} wider{between}, in nats per token"
     return f"; {gap.mean:.0%}{between} of the gap to the teacher is closed, in nats per token"
 
 
