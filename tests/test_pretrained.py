@@ -22,7 +22,7 @@ from epigone.models.inherit import Inherit, evenly, most_active
 from epigone.models.ngram import NGram
 from epigone.opened import open_node
 from epigone.pretrained import packaged, pretrained
-from epigone.training.loop import Training
+from epigone.training.loop import Hardware, Training
 from epigone.view import Terminal
 
 
@@ -55,9 +55,9 @@ def lineage_of(folder, corpus, name="imports"):
     return Lineage(name, (teacher, student, tuned), evaluation)
 
 
-def grown(lineage, run):
+def grown(lineage, run, hardware=Hardware()):
     with Terminal(lineage.name, {}) as view:
-        return grow(lineage, run, view=view)
+        return grow(lineage, run, hardware=hardware, view=view)
 
 
 @pytest.fixture(scope="module")
@@ -116,6 +116,14 @@ def test_a_student_inherits_and_a_copy_starts_as_it_is(run):
     # Three small steps away from where it began, and not from anywhere else.
     began, ended = (opened.model.params["outer"]["embedding_VD"][...] for opened in (teacher, tuned))
     assert 0 < np.abs(began - ended).max() < 0.05 < np.abs(began).max()
+
+
+def test_a_mesh_changes_nothing(run, folder, corpus, tmp_path):
+    grown(lineage_of(folder, corpus, "mesh"), tmp_path / "runs" / "mesh", Hardware(data=2, fsdp=2))
+    for name in ("teacher", "student", "tuned"):
+        here, there = (open_node(name, where).model.params for where in (run, tmp_path / "runs" / "mesh"))
+        for a, b in zip(_leaves(here), _leaves(there), strict=True):
+            np.testing.assert_allclose(a, b, atol=2e-4)
 
 
 def test_files_that_changed_since_are_refused(folder, corpus, tmp_path, capsys):

@@ -37,8 +37,8 @@ def test_the_student_is_at_most_a_quarter_of_its_teacher_and_comes_from_it(run):
 
 def test_the_teacher_reads_english_and_its_student_is_held_against_it(run):
     teacher, student = (records(run)[name] for name in ("smollm2", "student"))
-    assert 5 < teacher["metrics"]["perplexity"] < 40
-    assert 0.5 < teacher["metrics"]["bits_per_byte"] < 1.6
+    assert 5 < teacher["metrics"]["perplexity"] < 80  # of few words
+    assert 0.5 < teacher["metrics"]["bits_per_byte"] < 2
     assert student["metrics"]["perplexity"] > teacher["metrics"]["perplexity"]
     assert student["agreement"]["smollm2@0"]["forward_kl"] > 0
 

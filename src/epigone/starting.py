@@ -35,7 +35,7 @@ def check_start(node: Node, materials: Materials) -> None:
 
 
 def starting_weights(node: Node, materials: Materials, batches: Batches, seed: int) -> Any:
-    """The weights to start from.
+    """The weights to start from, on the mesh that is set.
 
     Args:
         node: the node, checked by `check_start`.
@@ -45,16 +45,19 @@ def starting_weights(node: Node, materials: Materials, batches: Batches, seed: i
     """
     import jax
 
+    from epigone.models import decoder
+    from epigone.models.sharding import spread
+
     parent: Any = materials.model(materials.store.lineage[node.lesson.start_from or ""])
     config, how = _sized(node, materials), node.lesson.inherit
     if how is None:
         return jax.tree.map(lambda array: array.astype(config.weights_dtype), parent.params)
-    from epigone.models import decoder
     from epigone.models.inherit import inherit
 
     drawn = (batches.batch(step) for step in range(CALIBRATION_BATCHES)) if how.needs_calibration else ()
     calibration = [(batch.tokens_BT, batch.positions_BT, batch.segments_BT) for batch in drawn]
-    return inherit(parent.config, parent.params, config, decoder.init(config, seed), how, calibration)
+    theirs = spread(parent.params, jax.tree.map(lambda leaf: leaf.sharding, decoder.abstract(parent.config)))
+    return inherit(parent.config, theirs, config, decoder.init(config, seed), how, calibration)
 
 
 def _shape(model: Any) -> Any:

@@ -168,7 +168,7 @@ def test_running_average_in_closed_form(tmp_path):
 
 def test_given_weights_are_started_from_and_left_alone(plain, tmp_path):
     before = weights(plain)
-    again = run(tmp_path, initial_params=plain.params)
+    again = run(tmp_path, initial_params=lambda: plain.params)
     assert losses(again)[0] < losses(plain)[0] - 0.1
     for name, kept in weights(plain).items():
         np.testing.assert_array_equal(kept, before[name])
