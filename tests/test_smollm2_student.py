@@ -11,7 +11,7 @@ CONFIG = Path(__file__).parent.parent / "configs" / "smollm2_student.py"
 FIELDS = ["evaluation.contexts=4", "evaluation.prompts=And the"]
 FIELDS += [f"{name}.lesson.training.batch_size=2" for name in ("student", "mimic", "control")]
 FIELDS += [f"{name}.lesson.training.sequence_length=64" for name in ("student", "mimic", "control")]
-SMALL = ["--tokens", "300", "--held-out", "150", *(word for field in FIELDS for word in ("--set", field))]
+SMALL = ["--mimic", "--tokens", "300", "--held-out", "150", *(word for field in FIELDS for word in ("--set", field))]
 
 
 @pytest.fixture(scope="module")
