@@ -19,6 +19,7 @@ from epigone.errors import UserError
 from epigone.interchange.huggingface import find_family, read_config, tensor_plan
 from epigone.interchange.safetensors_files import PICKLES, SafetensorsFolder, Tensors
 from epigone.interchange.tensors import Box, Tensor, check_tensors
+from epigone.interchange.text_parts import INSIDE, TextPart
 from epigone.models.config import DecoderConfig
 
 HEAD = "lm_head.weight"
@@ -60,8 +61,9 @@ class WeightFiles(Protocol):
 def open_weights(path: Path) -> WeightFiles:
     """The weights in a folder (config.json with safetensors, one file or shards with an index) or in a .gguf file.
 
-    A tied model may have an output head of its own in its files: it is dropped where it equals the embeddings. Where it
-    does not, it is the head, with a warning, as in transformers.
+    Of a model that also sees, those of its language model (text_parts.py). A tied model may have an output head of its
+    own in its files: it is dropped where it equals the embeddings. Where it does not, it is the head, with a warning,
+    as in transformers.
 
     Raises:
         UserError: one line for whatever cannot be used: no such path, pickles, a truncated or absent shard, an unknown
@@ -71,12 +73,13 @@ def open_weights(path: Path) -> WeightFiles:
     if path.suffix in PICKLES:
         raise UserError(f"'{path}' is a pickle, which may run any program: save the model as safetensors")
     files: WeightFiles
-    if path.suffix == ".gguf":
+    if path.suffix.lower() == ".gguf":
         from epigone.interchange.gguf_files import GGUFFile
 
         files = GGUFFile(path)
     else:
-        files = SafetensorsFolder(path)
+        folder = SafetensorsFolder(path)
+        files = TextPart(folder) if str(folder.config_json.get("model_type")) in INSIDE else folder
     try:
         _check(files)
     except UserError as error:
