@@ -1,5 +1,6 @@
 """Families of Hugging Face models against transformers' own config classes, read and written."""
 
+import contextlib
 import json
 from dataclasses import replace
 
@@ -8,7 +9,7 @@ import pytest
 import transformers
 
 from epigone.errors import UserError
-from epigone.interchange.families import FAMILIES, GPT2, LLAMA, MIXTRAL, QWEN3_MOE
+from epigone.interchange.families import FAMILIES, GPT2, LLAMA, MIXTRAL, PHI3, QWEN3_MOE
 from epigone.interchange.huggingface import canonical, find_family, read_config, tensor_plan, write_config
 from epigone.models.config import DecoderConfig
 from epigone.models.language_model import Specials
@@ -440,6 +441,48 @@ def test_a_decoder_of_no_family_is_refused_with_the_fields():
         write_config(DecoderConfig(vocab_size=100, window=3), LLAMA)
     with pytest.raises(UserError, match="vocab_size is open"):
         write_config(DecoderConfig())
+
+
+@pytest.mark.parametrize(
+    ("change", "family"),
+    [
+        ({}, "llama"),
+        ({"heads": 5, "kv_heads": 1, "head_size": 10}, "mistral"),
+        ({"qk_norm": True, "heads": 5}, "qwen3"),
+    ],
+)
+def test_a_family_whose_class_refuses_the_heads_is_not_taken(change, family):
+    """The class of Llama in transformers wants heads that divide the model size, whatever the size of a head."""
+    config = replace(DecoderConfig(vocab_size=90, layers=1, model_size=24, heads=3, head_size=8), **change)
+    values = write_config(config)
+    assert values["model_type"] == family
+    transformers.AutoConfig.for_model(**values)
+
+
+def test_long_factors_are_counted_by_the_class_of_phi3():
+    config = read_config(hf_models.phi3_longrope().to_dict())
+    with pytest.raises(UserError, match=r"head_size=12 with LongRopeScaling, where model_size / heads is 10"):
+        write_config(replace(config, model_size=30, head_size=12), PHI3)
+
+
+ODD_VALUES = ([], {}, "x", True, -1, 0, 10**30, None, [None])
+
+
+@pytest.mark.parametrize("name", hf_models.FAMILIES)
+def test_a_value_of_any_kind_is_read_or_refused(name):
+    """Each key of a config.json in turn, and each of its rotations, with values of every kind."""
+    plain = json.loads(hf_models.FAMILIES[name]().to_json_string(use_diff=False))
+    nested = [(key, inner) for key, value in plain.items() if isinstance(value, dict) for inner in value]
+    refused = 0
+    for path in [(key,) for key in plain] + nested:
+        for odd in ODD_VALUES:
+            values = json.loads(json.dumps(plain))
+            (values if len(path) == 1 else values[path[0]])[path[-1]] = odd
+            with contextlib.suppress(UserError):
+                read_config(values)
+                refused -= 1
+            refused += 1
+    assert refused > 50
 
 
 def test_a_family_without_a_place_for_a_parameter():

@@ -315,6 +315,13 @@ def test_what_does_not_fit_is_refused_before_any_work(change, words):
         check(DEEP, replace(DEEP, **change), Inherit())
 
 
+def test_a_narrower_student_has_an_embedding_scale_of_its_own():
+    wide = replace(DEEP, embedding_scale=DEEP.model_size**0.5)
+    with pytest.raises(UserError, match=r"root of the teacher's model_size 16: .* embedding_scale=8\*\*0\.5"):
+        check(wide, replace(wide, model_size=8), Inherit(width=first_units))
+    check(wide, replace(wide, model_size=8, embedding_scale=8**0.5), Inherit(width=first_units))
+
+
 def test_bad_choices_are_refused_in_one_line():
     narrow, half = replace(DEEP, heads=2, kv_heads=1), replace(DEEP, layers=2)
     check(DEEP, narrow, Inherit(width=first_units))

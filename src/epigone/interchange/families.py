@@ -2,7 +2,7 @@
 mean, what all its models share, and the names of its modules. Values are those of transformers 4 and 5.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,6 +11,7 @@ from epigone.interchange import tensors as modules
 from epigone.interchange.fields import Part, one
 from epigone.interchange.tensors import Module
 from epigone.interchange.values import number, switch
+from epigone.models.config import DecoderConfig
 from epigone.models.layers import layer_norm, learned, offset_rms_norm, rms_norm, rotary
 
 Values = Mapping[str, Any]
@@ -33,6 +34,7 @@ class Family:
         ignored: keys that its class does not read, or reads for something else than the model.
         names: names in files of keys that have others here; either is read, the file's is written.
         spare: patterns of tensors that files have and nobody needs.
+        refused: what its class of transformers refuses in a decoder that its files could describe; "" for nothing.
     """
 
     model_type: str
@@ -47,6 +49,7 @@ class Family:
     ignored: tuple[str, ...] = ()
     names: Values = field(default_factory=dict)
     spare: tuple[str, ...] = modules.INVERSE_FREQUENCIES
+    refused: Callable[[DecoderConfig], str] = lambda config: ""
 
 
 def _sizes(
@@ -85,6 +88,7 @@ LLAMA = Family(
     parts=(*_DENSE, parts.ROPE, parts.ATTENTION_BIAS, parts.MLP_BIAS),
     fixed=_PLAIN,
     inner=modules.LLAMA,
+    refused=parts.heads_that_do_not_divide,
 )
 
 _QWEN_WINDOW = {"use_sliding_window": False, "sliding_window": 4096, "max_window_layers": 28}
@@ -153,7 +157,8 @@ GEMMA2 = Family(
     parts=(*_GEMMA_PARTS, parts.ROPE, parts.ALTERNATING),
     fixed=_GEMMA_FIXED,
     inner=modules.GEMMA,
-    ignored=("hidden_act",),
+    ignored=("hidden_act", "sliding_window_size"),
+    refused=parts.heads_that_do_not_divide,
 )
 GEMMA3 = Family(
     "gemma3_text",
@@ -167,6 +172,7 @@ GEMMA3 = Family(
     fixed=_GEMMA_FIXED | {"qk_norm": True},
     inner=modules.GEMMA,
     ignored=("hidden_act", "_sliding_window_pattern"),
+    refused=parts.heads_that_do_not_divide,
 )
 
 MISTRAL = Family(
@@ -204,6 +210,7 @@ PHI3 = Family(
     parts=(*_DENSE, parts.PHI3_ROPE, parts.WINDOW),
     fixed=_PLAIN,
     inner=modules.PHI3,
+    refused=parts.long_factors_of_other_heads,
 )
 GPT2 = Family(
     "gpt2",

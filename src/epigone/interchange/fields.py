@@ -10,9 +10,19 @@ from typing import Any
 
 from epigone.errors import UserError
 from epigone.interchange import rope
-from epigone.interchange.values import activation, activation_name, number, optional, switch, whole
+from epigone.interchange.values import (
+    activation,
+    activation_name,
+    layer_count,
+    number,
+    optional,
+    positive,
+    switch,
+    whole,
+)
 from epigone.models.config import DecoderConfig
 from epigone.models.language_model import Specials
+from epigone.models.rope import LongRopeScaling
 
 Values = Mapping[str, Any]
 
@@ -58,7 +68,7 @@ def biased(key: str, *fields: str) -> Part:
 SIZES = (
     one("vocab_size", "vocab_size"),
     one("hidden_size", "model_size"),
-    one("num_hidden_layers", "layers"),
+    one("num_hidden_layers", "layers", layer_count),
     one("num_attention_heads", "heads"),
     one("max_position_embeddings", "max_length"),
     one("tie_word_embeddings", "tied", switch),
@@ -95,7 +105,7 @@ EXPERTS = (one("num_local_experts", "experts"), one("num_experts_per_tok", "expe
 
 
 def _read_query_scale(values: Values) -> dict[str, Any]:
-    return {"attention_scale": number("query_pre_attn_scalar", values["query_pre_attn_scalar"]) ** -0.5}
+    return {"attention_scale": positive("query_pre_attn_scalar", values["query_pre_attn_scalar"]) ** -0.5}
 
 
 def _write_query_scale(config: DecoderConfig) -> dict[str, Any]:
@@ -150,10 +160,12 @@ SWITCHED_WINDOW = Part(("use_sliding_window", "sliding_window"), _read_switched_
 
 def _layer_types(values: Values, otherwise: Callable[[int], bool]) -> tuple[bool, ...]:
     """Which layers are bound: as layer_types says, or else by a layer's number."""
-    layers = whole("num_hidden_layers", values["num_hidden_layers"])
+    layers = layer_count("num_hidden_layers", values["num_hidden_layers"])
     types = values.get("layer_types")
     if types is None:
         return tuple(otherwise(layer) for layer in range(layers))
+    if not isinstance(types, list):
+        raise UserError(f"layer_types is {types!r:.80}: a list is wanted")
     unknown = [kind for kind in types if kind not in ("full_attention", "sliding_attention")]
     if unknown:
         raise UserError(f"layer_types has {unknown[0]!r}: only full_attention and sliding_attention are known")
@@ -223,7 +235,7 @@ def _read_specials(values: Values) -> dict[str, Any]:
     size = whole("vocab_size", values["vocab_size"])
     ends = values.get("eos_token_id")
     ids = [values.get("bos_token_id"), values.get("pad_token_id"), *(ends if isinstance(ends, list) else [ends])]
-    bos, pad, eos, *stops = [i if isinstance(i, int) and 0 <= i < size else None for i in ids] or [None] * 3
+    bos, pad, eos, *stops = [i if isinstance(i, int) and 0 <= i < size else None for i in ids] + [None] * (3 - len(ids))
     known = [i for i in (eos, bos, pad) if i is not None]
     eos = known[0] if known else 0
     further = tuple(i for i in stops if i is not None)
@@ -245,3 +257,16 @@ def _read_dtype(values: Values) -> dict[str, Any]:
 
 
 DTYPE = Part(("dtype", "torch_dtype"), _read_dtype, lambda config: {"torch_dtype": config.weights_dtype})
+
+
+def heads_that_do_not_divide(config: DecoderConfig) -> str:
+    """Some classes of transformers refuse heads that do not divide the model size, whatever the size of a head is."""
+    s = config.sizes
+    return f"model_size={s.D}, which heads={s.N} do not divide" if s.D % s.N else ""
+
+
+def long_factors_of_other_heads(config: DecoderConfig) -> str:
+    """Phi-3's class counts the factors of its longrope by model_size / heads."""
+    s = config.sizes
+    odd = isinstance(config.rope_scaling, LongRopeScaling) and s.H != s.D // s.N
+    return f"head_size={s.H} with LongRopeScaling, where model_size / heads is {s.D / s.N:g}" if odd else ""

@@ -29,7 +29,8 @@ attention_dropout attn_pdrop resid_pdrop embd_pdrop hidden_dropout initializer_r
 output_router_logits router_aux_loss_coef router_jitter_noise pretraining_tp is_llama_config is_decoder
 output_attentions output_hidden_states return_dict chunk_size_feed_forward reorder_and_upcast_attn n_ctx
 summary_type summary_use_proj summary_activation summary_proj_to_labels summary_first_dropout
-id2label label2id num_labels problem_type task_specific_params finetuning_task tokenizer_class prefix
+id2label label2id num_labels _num_labels problem_type n_special predict_special_tokens output_past
+task_specific_params finetuning_task tokenizer_class prefix
 sep_token_id decoder_start_token_id unsloth_version unsloth_fixed
 do_sample temperature top_k top_p typical_p repetition_penalty max_length min_length num_beams num_beam_groups
 num_return_sequences length_penalty no_repeat_ngram_size encoder_no_repeat_ngram_size early_stopping
@@ -58,6 +59,9 @@ NEUTRAL: Values = {
 }
 """Keys that change the model unless they have this value."""
 
+_ODD = (TypeError, ValueError, ArithmeticError, AttributeError, LookupError)
+"""What comes of a value of a kind that nobody writes."""
+
 FREE = ("dtype", "remat", "vocab_multiple", "specials", "weights_dtype")
 """Fields that do not decide which family represents a config."""
 
@@ -81,22 +85,32 @@ def read_config(values: Values) -> DecoderConfig:
             found |= part.read({**dict.fromkeys(part.keys), **family.defaults, **given})
         except UserError as error:
             problems.append(str(error))
-    if problems:
-        raise UserError(f"'{family.model_type}' model that cannot be represented: {'; '.join(problems)}")
-    return canonical(DecoderConfig(**found, vocab_multiple=1))
+        except _ODD as error:
+            odd = ", ".join(f"{key}={given[key]!r:.80}" for key in part.keys if key in given)
+            problems.append(f"{odd or ', '.join(part.keys)} is of another kind than it should be ({error})")
+    if not problems:
+        try:
+            return canonical(DecoderConfig(**found, vocab_multiple=1))
+        except _ODD as error:
+            rotations = {key: given[key] for key in given if key.startswith("rope")}
+            problems.append(f"no model has such numbers, {rotations!r:.200} ({error})")
+    raise UserError(f"'{family.model_type}' model that cannot be represented: {'; '.join(problems)}")
 
 
 def find_family(values: Values) -> Family:
     """The row of the table that a config.json belongs to. Raises UserError when there is none."""
     known = {family.model_type: family for family in FAMILIES}
     name = values.get("model_type")
+    classes = values.get("architectures")
+    if classes is not None and not (isinstance(classes, list) and all(isinstance(one, str) for one in classes)):
+        raise UserError(f"architectures is {classes!r:.80}: a list of names is wanted")
     if not isinstance(name, str) or name not in known:
         longer = [other for other in known if other.startswith(f"{name}_")]
         close = longer or difflib.get_close_matches(str(name), known, n=1)
         hint = f", did you mean '{close[0]}'?" if close else ""
         raise UserError(f"unknown architecture {name!r}{hint}: known are {', '.join(known)}")
     family = known[name]
-    classes = values.get("architectures") or [family.architecture]
+    classes = classes or [family.architecture]
     bare = family.architecture.replace("ForCausalLM", "Model").replace("LMHeadModel", "Model")
     if not set(classes) & {family.architecture, bare}:
         raise UserError(f"architectures {classes}: only {family.architecture} is a language model of this family")
@@ -150,8 +164,9 @@ def write_config(config: DecoderConfig, family: Family | None = None) -> dict[st
     config = canonical(config)
     lacking: dict[str, list[str]] = {}
     for row in (family,) if family else FAMILIES:
+        refused = row.refused(config)
         values = _written(row, config)
-        differing = _differing(config, values)
+        differing = [refused] if refused else _differing(config, values)
         if not differing:
             return values
         lacking[row.model_type] = differing

@@ -20,10 +20,21 @@ _ACTIVATIONS = {
 """Names of activations in transformers; the first of each function is the one that is written."""
 
 
+LARGEST = 2**24
+"""No size of a model is larger, and one that is would fill the memory before it is found out."""
+
+
 def whole(key: str, value: Any) -> int:
     """A whole number."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or value % 1 != 0:
-        raise UserError(f"{key} is {value!r}: a whole number is wanted")
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or value % 1 != 0 or not abs(value) <= LARGEST:
+        raise UserError(f"{key} is {value!r:.80}: a whole number of at most {LARGEST} is wanted")
+    return int(value)
+
+
+def layer_count(key: str, value: Any) -> int:
+    """A number of layers."""
+    if whole(key, value) > 10_000:
+        raise UserError(f"{key} is {value!r}: at most 10000 layers are read")
     return int(value)
 
 
@@ -62,8 +73,8 @@ def optional(kind: Callable[[str, Any], Any]) -> Callable[[str, Any], Any]:
 
 def activation(key: str, value: Any) -> Callable[..., Any]:
     """The function of an activation's name."""
-    if value not in _ACTIVATIONS:
-        raise UserError(f"{key} {value!r} is not one of {', '.join(_ACTIVATIONS)}")
+    if not isinstance(value, str) or value not in _ACTIVATIONS:
+        raise UserError(f"{key} {value!r:.80} is not one of {', '.join(_ACTIVATIONS)}")
     return _ACTIVATIONS[value]
 
 

@@ -100,6 +100,17 @@ def check(teacher: DecoderConfig, student: DecoderConfig, how: Inherit) -> None:
             _check_size(letter, field, teacher.sizes, student.sizes, how)
     if how.layers is not None:
         _check_groups(teacher.sizes, student.sizes)
+    _check_embedding_scale(teacher, student)
+
+
+def _check_embedding_scale(teacher: DecoderConfig, student: DecoderConfig) -> None:
+    """Gemma's scale is the root of the model size. A narrower student with the wider one's could not be exported."""
+    D, of_teacher, of_student = student.model_size, teacher.embedding_scale, student.embedding_scale
+    if teacher.model_size != D and of_teacher == teacher.model_size**0.5 == of_student:
+        raise UserError(
+            f"embedding_scale {of_student:g} is the root of the teacher's model_size {teacher.model_size}: "
+            f"give the student that of its own, embedding_scale={D}**0.5"
+        )
 
 
 def _check_same(teacher: DecoderConfig, student: DecoderConfig, fields: Iterable[str]) -> None:
