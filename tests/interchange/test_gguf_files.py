@@ -191,18 +191,38 @@ def test_tensors_that_have_no_place(name, place, tmp_path):
         open_weights(tmp_path / "model.gguf")
 
 
+def test_a_type_that_cannot_be_read_is_refused_at_once(tmp_path):
+    write(tmp_path / "whole.gguf", "llama", tensors={"blk.0.attn_v.weight": np.zeros((32, 64), np.float32)})
+    data = (tmp_path / "whole.gguf").read_bytes()
+    name = b"blk.0.attn_v.weight"
+    at = data.index(name) + len(name) + 4 + 2 * 8  # number of axes, two axes, and then the type
+    assert int.from_bytes(data[at : at + 4], "little") == gguf.GGMLQuantizationType.F32
+    for kind, said in ((24, "is I8, which the gguf package cannot read"), (99, "one that this version of the package")):
+        path = tmp_path / f"{kind}.gguf"
+        path.write_bytes(data[:at] + kind.to_bytes(4, "little") + data[at + 4 :])
+        with pytest.raises(UserError, match=said):
+            open_weights(path)
+
+
+@pytest.mark.parametrize(("key", "value"), [("attention.head_count", 0), ("attention.head_count", "four")])
+def test_metadata_of_another_kind(key, value, tmp_path):
+    write(tmp_path / "model.gguf", "llama", keys={key: value})
+    with pytest.raises(UserError, match=r"another kind|is .* wanted"):
+        open_weights(tmp_path / "model.gguf")
+
+
 def test_files_that_are_none(tmp_path):
     with pytest.raises(UserError, match="there is no file"):
         open_weights(tmp_path / "absent.gguf")
     path = tmp_path / "model.gguf"
     path.write_bytes(b"GGML" + bytes(100))
-    with pytest.raises(UserError, match="is truncated, or no GGUF file"):
+    with pytest.raises(UserError, match="is truncated, no GGUF file"):
         open_weights(path)
     write(path, "llama")
     whole = path.read_bytes()
     for keep in (10, 600, len(whole) - 100):
         path.write_bytes(whole[:keep])
-        with pytest.raises(UserError, match="is truncated, or no GGUF file"):
+        with pytest.raises(UserError, match="is truncated, no GGUF file"):
             open_weights(path)
 
 

@@ -54,15 +54,38 @@ class GGUFFile:
         name, known = self._metadata.get("general.architecture"), {row.name: row for row in ARCHITECTURES}
         if name not in known:
             raise UserError(f"'{path}' is of architecture {name!r}: known are {', '.join(known)}")
-        if self._metadata.get("split.count", 0) > 1:
+        if self._metadata.get("split.count", 0) not in (0, 1):
             raise UserError(
                 f"'{path}' is one of {self._metadata['split.count']} parts: merge them (gguf-split --merge)"
             )
         self._row = known[name]
+        self._check_types()
+
+    def _check_types(self) -> None:
+        """Refuse types of numbers that the package cannot turn into float32, before anything is made of the file."""
+        from gguf.quants import dequantize
+
+        one_of_each = {tensor.tensor_type: name for name, tensor in self._stored.items()}
+        for kind, name in one_of_each.items():
+            data = self._stored[name].data
+            try:
+                dequantize(data[:1] if data.ndim > 1 else data, kind)
+            except NotImplementedError:
+                raise UserError(
+                    f"tensor {name} of '{self.path}' is {kind.name}, which the gguf package cannot read: "
+                    "take a file of another quantisation"
+                ) from None
 
     @cached_property
     def config_json(self) -> dict[str, Any]:
         """A config.json of the metadata. Raises UserError for what it cannot say."""
+        try:
+            return self._config_json()
+        except (TypeError, ValueError, ArithmeticError) as error:
+            what = f"metadata of {self._row.name} are of another kind than they should be"
+            raise UserError(f"{what} ({error})") from None
+
+    def _config_json(self) -> dict[str, Any]:
         given = self._given
         values = {config_key: _exact(given[key]) for key, config_key in KEYS.items() if key in given}
         values |= {key: self._metadata[name] for name, key in IDS.items() if name in self._metadata}
@@ -163,7 +186,8 @@ def _opened(path: Path) -> Any:
     try:
         return GGUFReader(path)
     except (ValueError, IndexError, KeyError, OSError, OverflowError) as error:
-        raise UserError(f"'{path}' is truncated, or no GGUF file ({error})") from None
+        what = "truncated, no GGUF file, or one that this version of the package gguf does not know"
+        raise UserError(f"'{path}' is {what} ({error})") from None
 
 
 def _exact(value: Any) -> Any:
