@@ -211,7 +211,7 @@ def test_truncation_padding_and_dropout_of_a_training_do_not_reach_the_text(tmp_
         assert tokenizer.encode(TEXTS[0]).tolist() == expected
 
 
-def test_the_place_is_no_part_of_the_config_and_a_change_of_any_file_is(tmp_path):
+def test_the_place_is_no_part_of_the_config_and_what_any_file_says_of_tokens_is(tmp_path):
     first = pretrained_tokenizer(folders.write(tmp_path / "a", folders.gpt2), SIZE)
     other = pretrained_tokenizer(folders.write(tmp_path / "b", folders.gpt2), SIZE)
     assert (first.digest, first.build().identity) == (other.digest, other.build().identity)
@@ -219,13 +219,52 @@ def test_the_place_is_no_part_of_the_config_and_a_change_of_any_file_is(tmp_path
     assert fingerprint(first) == fingerprint(other) != fingerprint(replace(first, bos="<|endoftext|>"))
     assert restore(canonical(first)) == first
     assert isinstance(first, PretrainedTokenizer)
-    digests = {first.digest}
-    for name in ("tokenizer_config.json", "special_tokens_map.json", "generation_config.json", "chat_template.jinja"):
-        (tmp_path / "a" / name).write_text("{}")
-        digests.add(pretrained_tokenizer(tmp_path / "a", SIZE).digest)
-    assert len(digests) == 5
+    digests = [first.digest]
+    changes = {
+        "tokenizer_config.json": '{"model_max_length": 77}',
+        "special_tokens_map.json": '{"pad_token": "a"}',
+        "generation_config.json": '{"eos_token_id": 5}',
+        "chat_template.jinja": "{{ messages }}",
+    }
+    for name, text in changes.items():
+        (tmp_path / "a" / name).write_text(text)
+        digests.append(pretrained_tokenizer(tmp_path / "a", SIZE).digest)
+    assert len(set(digests)) == 5
+    (tmp_path / "a" / "generation_config.json").write_text('{"eos_token_id": 5, "temperature": 0.6}')
+    assert pretrained_tokenizer(tmp_path / "a", SIZE).digest == digests[-1]
     with pytest.raises(UserError, match="no longer the one that was imported"):
         first.build()
+
+
+def test_a_model_stops_where_transformers_stops_it(tmp_path):
+    """At the ids of generation_config.json; without that file at those of config.json; or else at eos_token."""
+    folder = folders.write(tmp_path / "a", folders.gpt2)
+    (folder / "generation_config.json").unlink(missing_ok=True)
+
+    def ends(**files):
+        for name, value in files.items():
+            (folder / f"{name}.json").write_text(json.dumps(value))
+        specials = pretrained_tokenizer(folder, SIZE).build().specials
+        return specials.eos, specials.stops
+
+    eos, _ = ends(config={})
+    assert ends(config={"eos_token_id": None}) == (eos, ())
+    assert ends(config={"eos_token_id": [7, eos, 9]}) == (eos, (7, 9))
+    assert ends(config={"text_config": {"eos_token_id": 7}}) == (7, ())
+    assert ends(generation_config={"eos_token_id": [4, 5]}) == (4, (5,))
+    (folder / "generation_config.json").write_text('{"eos_token_id": [[1]]}')
+    with pytest.raises(UserError, match="eos_token_id"):
+        pretrained_tokenizer(folder, SIZE).build()
+
+
+def test_the_further_special_tokens_are_given_on(tmp_path):
+    folder = folders.write(tmp_path / "a", folders.gpt2)
+    said = json.loads((folder / "tokenizer_config.json").read_text())
+    said["extra_special_tokens"] = [{"content": "a", "special": True}, "b"]
+    (folder / "tokenizer_config.json").write_text(json.dumps(said))
+    pretrained_tokenizer(folder, SIZE).build().export(tmp_path / "out")
+    theirs = AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert {"a", "b"} < set(theirs.all_special_tokens)
 
 
 def broken(folder, name, text):
@@ -246,7 +285,7 @@ def broken(folder, name, text):
         (lambda folder: broken(folder, "tokenizer_config.json", "[]"), "it holds no object"),
         (lambda folder: broken(folder, "tokenizer_config.json", '{"eos_token": {"a": 1}}'), "are damaged: KeyError"),
         (lambda folder: broken(folder, "generation_config.json", '{"eos_token_id": 4444}'), "special token id 4444 is"),
-        (lambda folder: broken(folder, "generation_config.json", '{"eos_token_id": "x"}'), "special token id x is"),
+        (lambda folder: broken(folder, "generation_config.json", '{"eos_token_id": "x"}'), "eos_token_id \\[.x.\\]"),
         (lambda folder: broken(folder, "tokenizer_config.json", "{}"), "names no eos_token"),
         (lambda folder: folders.write(folder, folders.gpt2, pad_token="[PAD]"), r"pad_token '\[PAD\]' is no token"),
     ],

@@ -16,19 +16,19 @@ from epigone.models.language_model import Specials
 if TYPE_CHECKING:
     import tokenizers
 
-FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "generation_config.json",
-    "chat_template.jinja",
-)
-"""What is read of a folder; only the first must be there."""
+INNER = "tokenizer.json"
+"""What must be there; the files beside it say how it is used."""
 
 NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 """Special tokens that have a name in `tokenizer_config.json`."""
 
-SETTINGS = ("add_bos_token", "add_eos_token", "model_max_length")
+SETTINGS = (
+    "add_bos_token",
+    "add_eos_token",
+    "model_max_length",
+    "additional_special_tokens",
+    "extra_special_tokens",
+)
 """Fields of `tokenizer_config.json` that an export gives on."""
 
 
@@ -53,7 +53,10 @@ class PretrainedTokenizer:
         path = Path(self.path)
         if _digest(path) != self.digest:
             raise UserError(f"the tokenizer in '{path}' is no longer the one that was imported: import it again")
-        found = gguf_tokenizers.read(path) if path.is_file() else _read_folder(path)
+        if path.is_file():
+            found = gguf_tokenizers.read(path)
+        else:
+            found = gguf_tokenizers.Found(_inner(path / INNER), **_said(path))
         names = found.names | ({"bos_token": self.bos} if self.bos else {})
         inner = found.inner
         _register(inner, names, path)
@@ -79,38 +82,54 @@ def pretrained_tokenizer(path: Path, vocab_size: int, bos: str | None = None) ->
 def _digest(path: Path) -> str:
     if path.is_file():
         return gguf_tokenizers.digest(path)
-    if not (path / "tokenizer.json").is_file():
+    if not (path / INNER).is_file():
         known = [name for name in ("tokenizer.model", "vocab.json", "spiece.model") if (path / name).is_file()]
         has = f"has {known[0]} and no tokenizer.json" if known else "has no tokenizer.json"
         raise UserError(
             f"'{path}' {has}: load it with transformers' AutoTokenizer and save_pretrained a fast tokenizer"
         )
-    parts = [f"{name}\0".encode() + (path / name).read_bytes() for name in FILES if (path / name).is_file()]
-    return hashlib.sha256(b"\0".join(hashlib.sha256(part).digest() for part in parts)).hexdigest()[:16]
+    said = json.dumps(_said(path), sort_keys=True).encode()
+    return hashlib.sha256((path / INNER).read_bytes() + said).hexdigest()[:16]
 
 
-def _read_folder(path: Path) -> gguf_tokenizers.Found:
+def _said(path: Path) -> dict[str, Any]:
+    """What the files beside tokenizer.json say of its use: all of `Found` but the map between text and ids.
+
+    A model stops where its generation config says, or else its config, or else at the tokenizer's eos_token.
+    """
+    config = _json(path / "tokenizer_config.json")
     try:
-        return _found(path)
+        generation = _json(path / "generation_config.json") or _ids_of_config(_json(path / "config.json"))
+        given = _json(path / "special_tokens_map.json") | config
+        ends = generation.get("eos_token_id")
+        names = {name: _content(given[name]) for name in NAMES if given.get(name)}
+        found: dict[str, Any] = {
+            "names": names,
+            "chat_template": _chat_template(path, config),
+            "settings": {name: _settled(config[name]) for name in SETTINGS if config.get(name) is not None},
+            "bos": generation.get("bos_token_id"),
+            "ends": tuple(ends if isinstance(ends, list) else [] if ends is None else [ends]),
+            "never": tuple(generation.get("suppress_tokens") or ()),
+        }
+        json.dumps(found, ensure_ascii=False).encode()  # half a surrogate pair is no text
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"the tokenizer's files in '{path}' are damaged: {type(error).__name__} {error}") from error
+    return found
 
 
-def _found(path: Path) -> gguf_tokenizers.Found:
-    described = {name: _json(path / name) for name in FILES[1:4]}
-    config, generation = described["tokenizer_config.json"], described["generation_config.json"]
-    given = described["special_tokens_map.json"] | config
-    names = {name: _content(given[name]) for name in NAMES if given.get(name)}
-    ends = generation.get("eos_token_id") or []
-    return gguf_tokenizers.Found(
-        _inner(path / "tokenizer.json"),
-        names,
-        _chat_template(path, config),
-        {name: config[name] for name in SETTINGS if config.get(name) is not None},
-        bos=generation.get("bos_token_id"),
-        ends=tuple(ends if isinstance(ends, list) else [ends]),
-        never=tuple(generation.get("suppress_tokens") or ()),
-    )
+def _ids_of_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The special ids in a config.json, which count where there is no generation_config.json."""
+    inner = config.get("text_config")
+    return {name: config.get(name, (inner or {}).get(name)) for name in ("bos_token_id", "eos_token_id")}
+
+
+def _settled(value: Any) -> Any:
+    """A setting of plain values: tokens by their text."""
+    if isinstance(value, list):
+        return [_content(token) for token in value]
+    if isinstance(value, dict):
+        return {name: _content(token) for name, token in value.items()}
+    return value
 
 
 def _inner(path: Path) -> "tokenizers.Tokenizer":
@@ -174,10 +193,12 @@ def _specials(
     """The ids that are no text; bos is eos where there is none, and pad likewise."""
     vocabulary = inner.get_vocab()
     ids = {name: vocabulary[token] for name, token in names.items()}
-    ends = [*([ids["eos_token"]] if "eos_token" in ids else []), *found.ends]
+    ends = list(found.ends) or ([ids["eos_token"]] if "eos_token" in ids else [])
     if not ends:
         raise UserError(f"'{path}' names no eos_token: say in tokenizer_config.json which token ends a text")
-    eos = ends[0]
+    if not all(isinstance(index, int) for index in (*ends, *found.never)):
+        raise UserError(f"'{path}': eos_token_id {ends}, suppress_tokens {list(found.never)}: ids are wanted")
+    eos = ids["eos_token"] if ids.get("eos_token") in ends else ends[0]
     bos = ids.get("bos_token", eos if found.bos is None else found.bos)
     stops = tuple(dict.fromkeys(end for end in ends if end != eos))
     specials = Specials(ids.get("pad_token", eos), bos, eos, ids.get("unk_token"), stops, found.never)

@@ -26,7 +26,7 @@ class Found:
         chat_template: Jinja source, or None.
         settings: further fields of `tokenizer_config.json`.
         bos: id before a text, for a tokenizer without a bos_token.
-        ends: ids that end a text, beside eos_token.
+        ends: ids that end a text; with none it is eos_token.
         never: ids that are never drawn.
     """
 
@@ -102,7 +102,7 @@ def read(path: Path) -> Found:
         {name: _token(tokens, said[f"{key}_token_id"], path) for name, key in ids.items() if f"{key}_token_id" in said},
         values.get("tokenizer.chat_template"),
         {"add_bos_token": True} if said.get("add_bos_token") else {},
-        ends=tuple(said[f"{key}_token_id"] for key in ("eot", "eom") if f"{key}_token_id" in said),
+        ends=tuple(said[f"{key}_token_id"] for key in ("eos", "eot", "eom") if f"{key}_token_id" in said),
     )
 
 
