@@ -52,7 +52,11 @@ TEMPLATES = {
     "filters": "{{ messages | map(attribute='role') | join(',') }} {{ range(3) | list }} {{ 'a\nb' | indent(4) }} "
     "{{ messages | selectattr('role', 'equalto', 'user') | list | length }} {{ 'x' * 3 }} {{ 2 ** 10 }} "
     "{{ '%s! %5d' % ('y', 7) }} {{ '%s' | format(7) }} {{ '{:>5}'.format(3) }} "
-    "{{ 'abc'.center(9, '.') }} {{ messages[3].extra.items() | list }} {{ 7 // 2 }} {{ [1, 2] + [3] }}",
+    "{{ 'abc'.center(9, '.') }} {{ messages[3].extra.items() | list }} {{ 7 // 2 }} {{ [1, 2] + [3] }} "
+    "{{ [1, 2] | sum }} {{ messages | map(attribute='role') | map('length') | sum(start=3) }} "
+    "{{ 'aba' | replace('a', 'c', 1) }} "
+    "{{ 'aba'.replace('a', 'c') }} {{ ', '.join(['a', 'b']) }} {{ messages | join('/', attribute='role') }} "
+    "{% for k, v in {'a': (1, 2), 'b': (3, 4)}.items() %}{{ k }}{{ v[0] }}{% endfor %}{% set a, b = 1, 2 %}{{ a + b }}",
     "thinking": "{% for m in messages %}{{ m.reasoning_content or '' }}{{ m.thinking or '' }}{% endfor %}",
 }
 
@@ -118,6 +122,23 @@ TOO_LONG = "goes on too long"
         ("{{ '{:>10000000000}'.format(1) }}", TOO_LONG),
         ("{{ '{:>{}}'.format(1, 10**10) }}", TOO_LONG),
         ("{{ lipsum(n=10**9) }}", TOO_LONG),
+        ("{{ lipsum() }}", "refuses these messages: 'lipsum' is undefined"),
+        ("{{ ([[1] * 10000] * 10000) | sum(start=[]) }}", TOO_LONG),
+        ("{{ [[1], [2]] | sum(start=[]) }}", "fails: TypeError"),
+        ("{% set ns = namespace(x=[1]) %}{% for i in range(40) %}{% set ns.x = [ns.x, ns.x] %}{% endfor %}", TOO_LONG),
+        ("{% set ns = namespace(x=(1,)) %}{% for i in range(40) %}{% set ns.x = (ns.x, ns.x) %}{% endfor %}", TOO_LONG),
+        (
+            "{% set ns = namespace(x=1) %}{% for i in range(40) %}{% set ns.x = {'a': ns.x, 'b': ns.x} %}{% endfor %}",
+            TOO_LONG,
+        ),
+        (
+            "{% set ns = namespace(x=1) %}{% for i in range(40) %}{% set ns.x = dict(a=ns.x, b=ns.x) %}{% endfor %}",
+            TOO_LONG,
+        ),
+        ("{{ ('a' * 30000).replace('a', 'b' * 100000) }}", TOO_LONG),
+        ("{{ ('a' * 30000) | replace('a', 'b' * 100000) }}", TOO_LONG),
+        ("{{ ('a' * 100000).join(['x'] * 30000) }}", TOO_LONG),
+        ("{{ (['x'] * 30000) | join('a' * 100000) }}", TOO_LONG),
         ("{% for m in messages %}", "cannot be read, line 1"),
         ("{{ messages | nothing }}", "cannot be read, line 1"),
         ("{{ raise_exception('no system message\nplease') }}", "refuses these messages: no system message"),

@@ -13,7 +13,7 @@ from datetime import datetime
 from typing import Any
 
 import jinja2
-from jinja2 import ext, nodes, parser, runtime, sandbox, utils, visitor
+from jinja2 import ext, filters, nodes, parser, runtime, sandbox, utils, visitor
 
 from epigone.errors import UserError
 
@@ -22,6 +22,9 @@ MOST_STEPS = 250_000
 
 LONGEST = 2**24
 """Characters of a text, or items of a list, that a template may make."""
+
+MOST_PARTS = 250_000
+"""Parts of a value with all that is in it, each time that it is in it: a list may hold another many times."""
 
 _PADDING = ("batch", "center", "format", "indent", "slice")
 """Filters whose result is as long as a number says."""
@@ -82,6 +85,8 @@ class _Environment(sandbox.ImmutableSandboxedEnvironment):
         self.steps = 0
         self.filters.update(tojson=_to_json, counted=self.counted, bounded=_bounded)
         self.filters.update({name: _guarded(self.filters[name]) for name in _PADDING})
+        self.filters.update(sum=_sum, replace=_replace, join=_join)
+        del self.globals["lipsum"]
         self.globals.update(
             raise_exception=_refuse, strftime_now=_now, dict=_Dict(), namespace=_Namespace, range=self.range
         )
@@ -92,8 +97,13 @@ class _Environment(sandbox.ImmutableSandboxedEnvironment):
     def call(__self, __context: runtime.Context, __obj: Any, *args: Any, **kwargs: Any) -> Any:
         # The names are Jinja's, so that a template may call with an argument named `self`.
         __self.spend(1)
-        if getattr(__obj, "__name__", "") in ("format", "format_map"):
-            _check_widths(getattr(getattr(__obj, "__wrapped__", __obj), "__self__", ""))
+        name, text = getattr(__obj, "__name__", ""), getattr(getattr(__obj, "__wrapped__", __obj), "__self__", "")
+        if name in ("format", "format_map"):
+            _check_widths(text)
+        elif name == "replace" and isinstance(text, str):
+            return _replace(text, *args, **kwargs)
+        elif name == "join" and isinstance(text, str):
+            return _join(__self, args[0], text) if len(args) == 1 else super().call(__context, __obj, *args, **kwargs)
         _check_numbers(*args, *kwargs.values())
         return _bounded(super().call(__context, __obj, *args, **kwargs))
 
@@ -129,16 +139,25 @@ class _Environment(sandbox.ImmutableSandboxedEnvironment):
 
 
 class _Bounds(visitor.NodeTransformer):
-    """Puts loops and joined strings, which no hook of the sandbox sees, behind filters that count them."""
+    """Puts loops, joined strings and lists, which no hook of the sandbox sees, behind filters that count them."""
 
     def visit_For(self, node: nodes.For) -> nodes.Node:
         self.generic_visit(node)
         node.iter = nodes.Filter(node.iter, "counted", [], [], None, None, lineno=node.lineno)
         return node
 
-    def visit_Concat(self, node: nodes.Concat) -> nodes.Node:
+    def visit_Concat(self, node: nodes.Expr) -> nodes.Node:
         self.generic_visit(node)
         return nodes.Filter(node, "bounded", [], [], None, None, lineno=node.lineno)
+
+    def visit_List(self, node: nodes.List) -> nodes.Node:
+        return self.visit_Concat(node)
+
+    def visit_Dict(self, node: nodes.Dict) -> nodes.Node:
+        return self.visit_Concat(node)
+
+    def visit_Tuple(self, node: nodes.Tuple) -> nodes.Node:
+        return self.visit_Concat(node) if node.ctx == "load" else self.generic_visit(node)
 
 
 class _Generation(ext.Extension):
@@ -203,9 +222,41 @@ def _check_widths(form: Any) -> None:
 
 
 def _bounded(value: Any) -> Any:
-    if isinstance(value, str | list | tuple | dict):
+    if isinstance(value, str):
         _check(len(value))
+    parts, left = [value], MOST_PARTS
+    while parts:
+        part = parts.pop()
+        if isinstance(part, list | tuple | dict):
+            left -= len(part)
+            if left < 0:
+                raise OverflowError(f"a value of more than {MOST_PARTS} parts")
+            parts += part.values() if isinstance(part, dict) else part
     return value
+
+
+@jinja2.pass_environment
+def _sum(environment: jinja2.Environment, items: Any, attribute: str | int | None = None, start: float = 0) -> Any:
+    """Of numbers: a sum of lists copies the first ones once for each of the others."""
+    if not isinstance(start, int | float):
+        raise TypeError("sum adds numbers alone")
+    return filters.sync_do_sum(environment, items, attribute, start)
+
+
+def _replace(text: Any, old: str, new: str, count: int = -1) -> str:
+    text = str(text)
+    times = text.count(old) if count < 0 else min(count, text.count(old))
+    _check(len(text) + times * max(0, len(new) - len(old)))
+    return text.replace(old, new, count)
+
+
+@jinja2.pass_environment
+def _join(environment: jinja2.Environment, items: Any, between: str = "", attribute: str | int | None = None) -> str:
+    if attribute is not None:
+        items = map(filters.make_attrgetter(environment, attribute), items)
+    texts = [str(item) for item in items]
+    _check(sum(map(len, texts)) + len(between) * len(texts))
+    return between.join(texts)
 
 
 def _guarded(filter: Callable[..., Any]) -> Callable[..., Any]:
