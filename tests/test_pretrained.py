@@ -22,6 +22,7 @@ from epigone.models.inherit import Inherit, evenly, most_active
 from epigone.models.ngram import NGram
 from epigone.opened import open_node
 from epigone.pretrained import packaged, pretrained
+from epigone.store import write_json
 from epigone.training.loop import Hardware, Training
 from epigone.view import Terminal
 
@@ -195,6 +196,24 @@ def test_another_models_run_is_not_taken(folder, tmp_path, monkeypatch, capsys):
     assert main(["import", str(folder), "--as", "one"]) == 0
     assert main(["import", "other", "--as", "one"]) == 2
     assert "another model" in capsys.readouterr().err
+
+
+def test_a_refused_import_leaves_nothing_and_its_name_is_free(folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    whole = (folder / "tokenizer.json").read_text()
+    shutil.copytree(folder, tmp_path / "other")
+    (tmp_path / "other" / "tokenizer.json").write_text(whole[:500])
+    before = sorted(tmp_path.rglob("*"))
+    assert main(["import", "other", "--as", "one"]) == 2
+    assert "tokenizer.json' is damaged" in capsys.readouterr().err
+    assert sorted(tmp_path.rglob("*")) == before
+    assert main(["import", str(folder), "--as", "data"]) == 2
+    assert "name another run directory" in capsys.readouterr().err
+    write_json(
+        tmp_path / "runs/one/lineage.json", {"nodes": [{"key": "one@0", "identity": "0" * 16}]}
+    )  # of a killed one
+    (tmp_path / "other" / "tokenizer.json").write_text(whole)
+    assert main(["import", "other", "--as", "one"]) == 0
 
 
 @pytest.mark.parametrize(

@@ -24,6 +24,8 @@ class Store:
     def __init__(self, run: Path, lineage: Lineage, data: Path | None = None) -> None:
         self.run, self.lineage = run, lineage
         self.data = data or run.parent / "data"
+        if self.data == self.run:
+            raise UserError(f"'{run}' is where texts and imported weights of all runs lie: name another run directory")
 
     def directory(self, node: Node) -> Path:
         """Where a node lives."""

@@ -12,6 +12,7 @@ from rich.console import Console
 from epigone.errors import UserError
 from epigone.grow import grow
 from epigone.lineage import Lineage
+from epigone.materials import fill
 from epigone.pretrained import pretrained
 from epigone.processes import is_first
 from epigone.store import Store, open_run
@@ -48,6 +49,7 @@ def import_node(given: Import) -> None:
     run = given.run or Path("runs") / given.name
     lineage = Lineage(given.name, (node,), None, f"Imported from {given.path}")
     _check_free(run, lineage)
+    fill(node.model, node.tokenizer.build())  # a tokenizer that cannot be read leaves nothing on disk
     with Terminal(lineage.name, {node.key: 1.0}, Console(quiet=not is_first())) as view:
         grow(lineage, run, hardware=given.hardware, data=given.data, view=view)
     if not is_first():
@@ -63,5 +65,6 @@ def _check_free(run: Path, lineage: Lineage) -> None:
     """Refuse a run directory that is another's: its nodes would be found no more."""
     if (run / "lineage.json").exists():
         others = {node["key"] for node in open_run(run)["nodes"] if node["identity"] not in lineage.identities.values()}
-        if others:
+        grown = {path.parent.name.rpartition("-")[0] for path in run.glob("nodes/*/record.json")}
+        if others & grown:
             raise UserError(f"'{run}' holds {', '.join(sorted(others))}, another model: name another run with --run")
