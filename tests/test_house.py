@@ -30,7 +30,7 @@ MAY_IMPORT = {
         "training",
     },
     "starting": {"errors", "lineage", "materials", "data", "models"},
-    "opened": {"errors", "identity", "lineage", "store", "materials", "data", "models"},
+    "opened": {"errors", "identity", "lineage", "store", "materials", "data", "models", "training"},
     "families": {"errors", "lineage"},
     "sampling": {"errors", "models"},
     "store": {"errors", "identity", "lineage"},

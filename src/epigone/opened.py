@@ -14,6 +14,7 @@ from epigone.lineage import Node, did_you_mean
 from epigone.materials import load_model
 from epigone.models.language_model import LanguageModel
 from epigone.store import open_run
+from epigone.training.config import Hardware
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,18 @@ class OpenedNode:
     def model(self) -> LanguageModel:
         """The model, ready to be asked."""
         return load_model(self.node.model, self.weights, self.tokenizer)
+
+
+def on_mesh(hardware: Hardware) -> contextlib.AbstractContextManager[Any]:
+    """Set the mesh over which the weights of opened nodes are cut. One device needs none, and no JAX."""
+    sizes = (hardware.data, hardware.fsdp, hardware.tensor)
+    if sizes == (1, 1, 1):
+        return contextlib.nullcontext()
+    import jax
+
+    from epigone.models.sharding import make_mesh
+
+    return jax.set_mesh(make_mesh(*sizes))
 
 
 def open_node(reference: str, run: Path | None = None) -> OpenedNode:

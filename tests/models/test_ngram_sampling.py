@@ -159,7 +159,7 @@ def test_filters_keep_the_most_likely(p, temperature, top_k, top_p):
 def test_bad_knobs_are_named():
     model = fitted(mle)
     for knobs, message in (
-        ({"temperature": 0.0}, "temperature 0.0"),
+        ({"temperature": -0.5}, "temperature -0.5"),
         ({"top_k": -1}, "top_k -1"),
         ({"top_p": 0.0}, "top_p 0.0"),
         ({"max_length": 0}, "max_length 0"),

@@ -144,6 +144,17 @@ def test_the_verb_prints_tables_and_writes_json(folder, tmp_path, capsys, monkey
     assert found["text"]["split"] == "test"
 
 
+def test_a_mesh_changes_no_figure(folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(folder)
+    asked = ["evaluate", "student", "--on", "corpus.txt", "--tokens", "200", "--contexts", "20"]
+    for name, mesh in (("one", []), ("four", ["--hardware.data", "2", "--hardware.tensor", "2"])):
+        assert main([*asked, *mesh, "--json", str(tmp_path / name)]) == 0
+    one, four = (json.loads((tmp_path / name).read_text())["node"] for name in ("one", "four"))
+    assert one.keys() == four.keys()
+    for name in ("nats_per_token", "nats_per_end", "ece", "accuracy"):
+        assert four[name] == pytest.approx(one[name], rel=1e-4), name
+
+
 def test_tasks_of_the_harness(folder, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     rows = [{"question": "The old cat", "options": [" sees", " king"], "answer": 0}] * 3
@@ -184,6 +195,7 @@ WRONG = {
     "no places": (["trigram", "--on", "corpus.txt", "--contexts", "0"], "contexts=0"),
     "a seed out of range": (["trigram", "--on", "corpus.txt", "--seed", "-1"], "seed=-1"),
     "no folder for the file": (["trigram", "--on", "corpus.txt", "--json", "no/where.json"], "no folder 'no'"),
+    "a folder for a file": (["trigram", "--on", "corpus.txt", "--json", "empty"], "--json empty is a folder"),
     "no such task file": (["trigram", "--tasks", "none.yaml"], "none.yaml"),
     "a task file that is none": (["trigram", "--tasks", "broken.yaml"], "broken.yaml"),
 }

@@ -2,6 +2,7 @@
 
 import re
 
+import jax
 import numpy as np
 import pytest
 import tiny
@@ -107,6 +108,46 @@ def test_a_draft_changes_no_greedy_text(run, capsys):
     assert int(found[1]) <= int(found[2])
     assert 1 <= float(found[4]) <= 5
     assert "draft" not in alone.err
+
+
+@pytest.mark.parametrize("draft", [(), ("--draft", "student@1")], ids=["plain", "drafted"])
+def test_a_mesh_changes_no_text(draft, run, capsys):
+    asked = ("teacher@0", "--n", "3", "--prompt", "The cat", *draft)
+    mesh = ("--hardware.data", "2", "--hardware.tensor", "2")
+    assert shown(capsys, run, *asked, *mesh).out == shown(capsys, run, *asked).out
+
+
+@pytest.mark.parametrize("node", ["teacher@0", "trigram@0"])
+def test_without_warmth_equals_are_told_apart_by_their_ids(node, run):
+    model = open_node(node, run).model
+    if node == "teacher@0":
+        model.params = jax.tree.map(np.zeros_like, model.params)
+    texts = [model.sample([np.zeros(0, np.int32)], seed, length=5, temperature=0.0) for seed in (1, 2)]
+    np.testing.assert_equal(*texts)
+
+
+@pytest.mark.parametrize("draft", [(), ("--draft", "student@1")], ids=["plain", "drafted"])
+@pytest.mark.parametrize("length", [2**31 - 1, 10**11])
+def test_a_text_is_cut_where_the_model_ends_however_long_it_may_be(length, draft, run, capsys):
+    asked = ("teacher@0", "--n", "2", "--prompt", "The cat sees", "--seed", "3", *draft)
+    assert shown(capsys, run, *asked, "--max-length", str(length)).out == (
+        shown(capsys, run, *asked, "--max-length", str(LONGEST)).out
+    )
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        (["--top-k", str(10**11)], f"top_k is {10**11}"),
+        (["--draft", ""], "node ''"),
+        (["--hardware.data", "99"], "99 devices"),
+    ],
+)
+def test_bad_numbers_are_one_line(asked, message, run, capsys):
+    assert main(["sample", "teacher@0", "--run", str(run), *asked]) == 2
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == 1
+    assert message in said[0]
 
 
 def test_a_node_drafts_for_itself_and_every_proposal_is_taken(run, capsys):

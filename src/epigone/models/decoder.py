@@ -258,7 +258,11 @@ def structure(config: DecoderConfig, sharding: Sharding = Sharding()) -> nnx.Gra
 
 
 def abstract(config: DecoderConfig, sharding: Sharding = Sharding()) -> nnx.State:
-    """Shapes and placements of the parameters on the mesh that is set: a target for restoring them."""
+    """Shapes and placements of the parameters on the mesh that is set: a target for restoring them.
+
+    Raises UserError when they cannot be cut so.
+    """
+    check(sharding, _shapes(config))
     state = nnx.split(nnx.eval_shape(lambda: Decoder(config, jax.random.key(0), sharding)))[1]
 
     def target(path: tuple, leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:

@@ -91,6 +91,7 @@ class LanguageModel(Protocol):
     ) -> list[list[Document]]:
         """`samples` continuations of bos + each prompt, each until eos (not included) or `length` tokens.
 
+        At temperature 0 every token is the most probable one, and of equals the one with the lowest id.
         Continuation j of prompt i is the same whatever else is asked for with the same seed.
         """
         ...

@@ -30,12 +30,14 @@ class Sampler:
     """Draws next tokens from a model, after temperature, top-k and top-p (in this order)."""
 
     def __init__(self, model: "NGramModel", temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0) -> None:
-        if not 0 < temperature < np.inf:
-            raise UserError(f"temperature {temperature}: it must be above 0 (top_k=1 takes the most likely token)")
+        if not 0 <= temperature < np.inf:
+            raise UserError(f"temperature {temperature}: it must be 0 (the most likely token every time) or more")
         if top_k < 0:
             raise UserError(f"top_k {top_k}: it must be 1 or more, or 0 for off")
         if not 0 < top_p <= 1:
             raise UserError(f"top_p {top_p}: it must lie in (0, 1], 1 for off")
+        if temperature == 0:
+            temperature, top_k, top_p = 1.0, 1, 1.0
         self.model, self.temperature, self.top_k, self.top_p = model, temperature, top_k, top_p
         self.plain = temperature == 1.0 and top_k == 0 and top_p == 1.0
 
@@ -171,7 +173,7 @@ def _wave(
 ) -> list[Document]:
     """`size` documents side by side, after the last tokens in `history` [order - 1, size], or after bos."""
     model = sampler.model
-    written = np.empty((size, max_length), np.int32)
+    columns: list[tuple[np.ndarray, np.ndarray]] = []
     lengths = np.full(size, max_length)
     alive = np.arange(size)
     history = np.full((model.order - 1, size), BOS, np.int64) if history is None else history
@@ -182,6 +184,9 @@ def _wave(
         alive, tokens, history = alive[~ended], tokens[~ended], history[:, ~ended]
         if not len(alive):
             break
-        written[alive, step] = tokens
+        columns.append((alive, tokens))
         history = np.concatenate([tokens[None], history])[: model.order - 1]
+    written = np.empty((size, len(columns)), np.int32)
+    for step, (rows, tokens) in enumerate(columns):
+        written[rows, step] = tokens
     return [row[:length].copy() for row, length in zip(written, lengths, strict=True)]

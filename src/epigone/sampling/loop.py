@@ -68,8 +68,8 @@ def switches(knobs: Knobs) -> Switches:
     temperature, top_k, top_p = knobs
     if not 0 <= temperature <= 1000:
         raise UserError(f"temperature is {temperature}: from 0 (always the most probable token) to 1000")
-    if top_k < 0:
-        raise UserError(f"top_k is {top_k}: at least 1, or 0 for off")
+    if not 0 <= top_k < 2**31:
+        raise UserError(f"top_k is {top_k}: at least 1 and below {2**31}, or 0 for off")
     if not 0 < top_p <= 1:
         raise UserError(f"top_p is {top_p}: above 0, up to 1 for off")
     return Switches(temperature == 0, top_k > 0, top_p < 1)

@@ -121,7 +121,7 @@ def _laid(config: DecoderConfig, work: Work, order: list[int], free: list[int], 
     prompts = [work.prompts[rows[r][0]] for r in order]
     T = min(_padded(max(len(prompt) for prompt in prompts)) + 1, config.max_length)
     tokens_RT, length_R = aligned(prompts, T, right=True, specials=config.specials)
-    limit_R = np.minimum(length_R - 1 + work.length, config.max_length)
+    limit_R = np.minimum(length_R - 1 + min(work.length, config.max_length), config.max_length)
     numbers_R2 = np.array([rows[r] for r in order], np.int32)
     slot_R = np.array([free[r] for r in order], np.int32)
     return Texts(slot_R, tokens_RT, length_R, limit_R.astype(np.int32), *numbers_R2.T)

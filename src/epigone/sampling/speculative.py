@@ -96,6 +96,7 @@ def speculative_sample(
     """
     config, draft_config = target[0], draft[0]
     _check(config, draft_config, prompts, length, draft_length)
+    length = min(length, config.max_length)
     knobs = Knobs(temperature, top_k, top_p)
     pair = Pair(config, draft_config, sharding, switches(knobs), draft_length, bucket(length))
     rows = [(i, j) for i in range(len(prompts)) for j in range(samples)]

@@ -1,6 +1,6 @@
 """`epigone evaluate NODE`: how well a node predicts a text, how honest it is, and how near it is to its teacher."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +9,9 @@ from rich.console import Console
 
 from epigone import __version__
 from epigone.errors import UserError
-from epigone.opened import open_node
+from epigone.opened import on_mesh, open_node
 from epigone.store import write_json
+from epigone.training.config import Hardware
 from epigone.verbs.figures import tables
 from epigone.verbs.held_out import part_of, read_held_out
 from epigone.verbs.side_by_side import measure, named
@@ -33,6 +34,7 @@ class Evaluate:
         chat: put the prompts of tasks into the node's chat template.
         data: where prepared corpora lie; by default `data` beside the run directory.
         json: write everything to this file too.
+        hardware: the mesh over which the weights are cut.
     """
 
     node: tyro.conf.Positional[str]
@@ -47,6 +49,7 @@ class Evaluate:
     chat: bool = False
     data: Path | None = None
     json: Path | None = None
+    hardware: Hardware = field(default_factory=Hardware)
 
 
 def evaluate_node(given: Evaluate) -> None:
@@ -55,7 +58,8 @@ def evaluate_node(given: Evaluate) -> None:
     Raises UserError for a node, text or task that is not there, and for numbers out of range.
     """
     _check(given)
-    found = examined(given)
+    with on_mesh(given.hardware):
+        found = examined(given)
     for table in tables(found):
         Console().print(table, soft_wrap=isinstance(table, str), highlight=False, markup=False)
     if given.json is not None:
@@ -93,3 +97,5 @@ def _check(given: Evaluate) -> None:
         raise UserError(f"seed={given.seed}: from 0 to {2**31 - 1}")
     if given.json is not None and not given.json.absolute().parent.is_dir():
         raise UserError(f"no folder '{given.json.parent}' to write '{given.json.name}' into: make it first")
+    if given.json is not None and given.json.is_dir():
+        raise UserError(f"--json {given.json} is a folder: name a file in it")

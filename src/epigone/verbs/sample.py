@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,8 @@ import tyro
 from epigone.data.tokenizers import Tokenizer
 from epigone.errors import UserError
 from epigone.models.language_model import Document, LanguageModel
-from epigone.opened import OpenedNode, open_node
+from epigone.opened import OpenedNode, on_mesh, open_node
+from epigone.training.config import Hardware
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,7 @@ class Sample:
         scores: show the log-probability of each text: nats per shown token, its end included if the model ended it.
         draft: a node that proposes tokens, which the node then reads at once (speculative decoding). The texts have the
             same distribution; at temperature 0 they are the same texts.
+        hardware: the mesh over which the weights and the cache are cut.
     """
 
     node: tyro.conf.Positional[str]
@@ -47,6 +49,7 @@ class Sample:
     seed: int = 0
     scores: bool = False
     draft: str | None = None
+    hardware: Hardware = field(default_factory=Hardware)
 
 
 def pieces(given: Sample) -> Iterator[str]:
@@ -56,18 +59,23 @@ def pieces(given: Sample) -> Iterator[str]:
     """
     _check(given)
     opened = open_node(given.node, given.run)
+    with on_mesh(given.hardware):
+        yield from _pieces(opened, given)
+
+
+def _pieces(opened: OpenedNode, given: Sample) -> Iterator[str]:
     tokenizer = opened.tokenizer
     prompts = [_read(tokenizer, text, given.chat) for text in given.prompt or ("",)]
     shown = _Shown(tokenizer, prompts, given)
-    for prompt, sample, tokens in (_drafted if given.draft else _written)(opened, prompts, given):
+    write = _written if given.draft is None else _drafted
+    for prompt, sample, tokens in write(opened, prompts, given):
         yield from shown.add(prompt, sample, tokens)
     yield from shown.rest(opened.model)
 
 
 def _written(opened: OpenedNode, prompts: list[Document], given: Sample) -> Iterator[tuple[int, int, Document]]:
     """What the node writes, while it writes: index of the prompt, index of the sample, new tokens."""
-    top_k, temperature = (1, 1.0) if given.temperature == 0 else (given.top_k, given.temperature)
-    knobs: dict[str, Any] = {"temperature": temperature, "top_k": top_k, "top_p": given.top_p}
+    knobs: dict[str, Any] = {"temperature": given.temperature, "top_k": given.top_k, "top_p": given.top_p}
     yield from opened.model.stream(prompts, given.seed, samples=given.n, length=given.max_length, **knobs)
 
 
