@@ -271,10 +271,14 @@ def test_nothing_more_is_written_when_every_answer_has_ended(trigram, words):
 
 
 def test_how_answers_are_written():
-    assert answer_of({}, None) == ((), 256, 1.0, 1, 1.0)
-    assert answer_of({"until": ["\n", ""], "temperature": 0.0}, 64) == (("\n",), 32, 1.0, 1, 1.0)
-    assert answer_of({"do_sample": False, "temperature": 0.7, "max_new_tokens": 5}, 64)[1:4] == (5, 1.0, 1)
+    assert answer_of({}, None) == ((), 256, 0.0, 0, 1.0)
+    assert answer_of({"until": ["\n", ""], "temperature": 0.0}, 64) == (("\n",), 32, 0.0, 0, 1.0)
+    assert answer_of({"do_sample": False, "temperature": 0.7, "max_new_tokens": 5}, 64)[1:4] == (5, 0.0, 0)
     assert answer_of({"temperature": 0.7, "top_p": 0.9}, None)[2:] == (0.7, 0, 0.9)
+    assert answer_of({"do_sample": True}, None)[2:] == (1.0, 0, 1.0)
+    for name, value in (("max_gen_toks", "many"), ("until", 5), ("top_k", "x"), ("top_p", "x"), ("temperature", "hot")):
+        with pytest.raises(UserError, match=f"{name}=.* is wanted"):
+            answer_of({"temperature": 1.0, name: value}, 64)
     for wrong in ({"num_beams": 4}, {"max_gen_toks": 64}, {"max_gen_toks": 0}):
         with pytest.raises(UserError, match=r"num_beams|max_gen_toks"):
             answer_of(wrong, 64)

@@ -7,7 +7,7 @@ rolling windows, so that figures compare with those that others print.
 Only this file imports `lm_eval`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple, Protocol
 
@@ -186,6 +186,7 @@ class Answer(NamedTuple):
 
 
 _LENGTHS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
+_LIMITS: tuple[tuple[str, Any, Callable[[Any], Any]], ...] = (("top_k", 0, int), ("top_p", 1.0, float))
 _KNOWN = {"until", "do_sample", "temperature", "top_k", "top_p", *_LENGTHS}
 
 
@@ -198,18 +199,29 @@ def answer_of(asked: dict[str, Any], max_length: int | None) -> Answer:
     if unknown := sorted(set(asked) - _KNOWN):
         raise UserError(f"generation_kwargs {', '.join(unknown)}: not known here; known: {', '.join(sorted(_KNOWN))}")
     usual = NEW_TOKENS if max_length is None else max(1, min(NEW_TOKENS, max_length // 2))
-    length = int(next((asked[name] for name in _LENGTHS if asked.get(name) is not None), usual))
+    length = _number(next(((name, asked[name]) for name in _LENGTHS if asked.get(name) is not None), ("", usual)), int)
     if length < 1 or (max_length is not None and length >= max_length):
         limit = "" if max_length is None else f", below the model's max_length {max_length}"
         raise UserError(f"a task asks for answers of {length} tokens: set max_gen_toks to at least 1{limit}")
     until = asked.get("until") or ()
-    until = tuple(stop for stop in ((until,) if isinstance(until, str) else until) if stop)
+    until = [until] if isinstance(until, str) else until
+    if not isinstance(until, list | tuple) or not all(isinstance(stop, str) for stop in until):
+        raise UserError(f"generation_kwargs until={until!r}: a text or a list of texts is wanted")
+    until = tuple(filter(None, until))
     temperature = asked.get("temperature")
-    samples = asked.get("do_sample", bool(temperature)) and temperature != 0
-    if not samples:
-        return Answer(until, length, 1.0, 1, 1.0)
-    temperature = 1.0 if temperature is None else float(temperature)
-    return Answer(until, length, temperature, int(asked.get("top_k") or 0), float(asked.get("top_p") or 1.0))
+    temperature = None if temperature is None else _number(("temperature", temperature), float)
+    if temperature == 0 or not asked.get("do_sample", temperature is not None):
+        return Answer(until, length, 0.0, 0, 1.0)
+    top_k, top_p = (_number((name, asked.get(name) or off), kind) for name, off, kind in _LIMITS)
+    return Answer(until, length, 1.0 if temperature is None else temperature, top_k, top_p)
+
+
+def _number(named: tuple[str, Any], kind: Callable[[Any], Any]) -> Any:
+    name, value = named
+    try:
+        return kind(value)
+    except (TypeError, ValueError, OverflowError):
+        raise UserError(f"generation_kwargs {name}={value!r}: a number is wanted") from None
 
 
 def _cut(text: str, until: Sequence[str]) -> str:

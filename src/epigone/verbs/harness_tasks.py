@@ -69,7 +69,9 @@ def _loaded(manager: Any, tasks: Sequence[str]) -> Any:
     try:
         loaded = manager.load(list(tasks))
     except Exception as error:  # of many types: task files and data sets are others' code
-        reason = str(error).strip().split("\n")[0] or type(error).__name__
+        cause = error.__cause__ or error
+        said = str(cause).strip().split("\n")[0]
+        reason = f"{type(cause).__name__}: {said}" if said not in ("", "None") else type(cause).__name__
         hint = "; HF_DATASETS_OFFLINE=0 HF_HUB_OFFLINE=0 lets it be loaded" if "ffline" in reason else ""
         raise UserError(f"the harness cannot load {', '.join(tasks)}: {reason}{hint}") from error
     for task in loaded["tasks"].values():
