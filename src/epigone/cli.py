@@ -90,8 +90,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     warnings.formatwarning = lambda message, *_, **__: f"epigone: {' '.join(str(message).split())}\n"
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")
+    again = "; the same command goes on from here" if arguments[:1] in (["run"], ["import"]) else ""
     try:
-        with _stopped_by_signal():
+        with _stopped_by_signal(again):
             _dispatch(arguments)
     except UserError as error:
         return _say(error, 2)
@@ -100,7 +101,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Stopped as stopped:
         return _say(stopped, 128 + signal.SIGTERM)
     except KeyboardInterrupt:
-        return _say("interrupted; the same command goes on from here", 128 + signal.SIGINT)
+        return _say(f"interrupted{again}", 128 + signal.SIGINT)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except OSError as error:
@@ -176,11 +177,11 @@ def _one_line(box: str) -> str:
 
 
 @contextlib.contextmanager
-def _stopped_by_signal() -> Iterator[None]:
+def _stopped_by_signal(again: str = "") -> Iterator[None]:
     """SIGTERM ends the work where it stands; the trainer handles it by itself and saves first."""
 
     def stop(*_: object) -> None:
-        raise Stopped("stopped by SIGTERM; the same command goes on from here")
+        raise Stopped(f"stopped by SIGTERM{again}")
 
     def ignored(what: Any) -> None:
         """A signal that arrives in a callback of the garbage collector is lost there: send it again."""

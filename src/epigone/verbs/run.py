@@ -137,7 +137,8 @@ def _print_help(kind: type, function: Callable[..., Lineage], config: str) -> No
         parse(kind, ["--help"], f"epigone run {config}", description=(function.__doc__ or "").partition("\n\n")[0])
     console = Console()
     console.print("\nfields for --set, as NODE.FIELD=VALUE (a pattern such as 'self-*' takes several nodes):\n")
-    for name, value in [*kinds_of_node(lineage).items(), ("evaluation", lineage.evaluation)]:
+    evaluation = [("evaluation", lineage.evaluation)] if lineage.evaluation else []
+    for name, value in [*kinds_of_node(lineage).items(), *evaluation]:
         table = Table(title=name, title_justify="left", box=None, padding=(0, 2, 0, 0), show_header=False)
         table.add_column(no_wrap=True)
         for path, present, text in documented_fields(value):
