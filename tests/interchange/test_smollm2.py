@@ -20,7 +20,7 @@ from epigone.interchange.streaming import load_weights
 from epigone.interchange.weight_files import open_weights
 from epigone.materials import fill
 from epigone.models import decoder
-from epigone.sampling.decode import sample
+from epigone.sampling.decode import DecoderLanguageModel, sample
 
 PROMPTS = (
     "The capital of France is",
@@ -119,3 +119,12 @@ def test_greedy_text_is_that_of_transformers(both):
         assert written.tokens.tolist() == row[: len(written.tokens)]
         assert set(row[len(written.tokens) :]) <= {both.tokenizer.specials.pad}
     assert both.tokenizer.decode(found[0][0].tokens).startswith(" Paris")
+
+
+def test_cached_decoding_is_the_full_forward_pass(both):
+    prompt = both.tokenizer.encode(PROMPTS[1])
+    ((written,),) = sample(both.config, both.params, [prompt], seed=1, length=48, slots=1)
+    model = DecoderLanguageModel(both.config, both.params)
+    (whole,) = model.log_probs([np.concatenate([prompt, written.tokens])])
+    found = whole[len(prompt) :][: len(written.tokens)]
+    np.testing.assert_allclose(found, written.log_probs, atol=1e-4)
