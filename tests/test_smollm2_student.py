@@ -9,9 +9,9 @@ from epigone.cli import main
 
 CONFIG = Path(__file__).parent.parent / "configs" / "smollm2_student.py"
 FIELDS = ["evaluation.contexts=4", "evaluation.prompts=And the"]
-FIELDS += [f"{name}.lesson.training.batch_size=2" for name in ("student", "mimic", "control")]
-FIELDS += [f"{name}.lesson.training.sequence_length=64" for name in ("student", "mimic", "control")]
-SMALL = ["--mimic", "--tokens", "300", "--held-out", "150", *(word for field in FIELDS for word in ("--set", field))]
+FIELDS += [f"{name}.lesson.training.batch_size=2" for name in ("corrected", "student", "uncorrected", "control")]
+FIELDS += [f"{name}.lesson.training.sequence_length=64" for name in ("corrected", "student", "uncorrected", "control")]
+SMALL = ["--tokens", "300", "--held-out", "150", *(word for field in FIELDS for word in ("--set", field))]
 
 
 @pytest.fixture(scope="module")
@@ -27,11 +27,14 @@ def records(run):
 
 
 def test_the_student_is_at_most_a_quarter_of_its_teacher_and_comes_from_it(run):
-    teacher, student, control = (records(run)[name] for name in ("smollm2", "student", "control"))
-    assert teacher["parameters"] == 134_515_008
+    found = records(run)
+    teacher, corrected, student, control = (found[name] for name in ("smollm2", "corrected", "student", "control"))
+    assert teacher["parameters"] == corrected["parameters"] == 134_515_008
     assert student["parameters"] == control["parameters"] <= teacher["parameters"] / 4
-    assert {parent["role"] for parent in student["parents"]} == {"teacher", "start"}
-    assert {parent["role"] for parent in control["parents"]} == {"start"}
+    parents = {name: {parent["role"]: parent["key"] for parent in found[name]["parents"]} for name in found}
+    assert parents["student"] == {"teacher": "corrected@1", "start": "smollm2@0"}
+    assert parents["uncorrected"] == {"teacher": "smollm2@0", "start": "smollm2@0"}
+    assert parents["control"] == parents["corrected"] == {"start": "smollm2@0"}
     assert teacher["source"]["licence"].lower() == "apache-2.0"
 
 
@@ -40,13 +43,13 @@ def test_the_teacher_reads_english_and_its_student_is_held_against_it(run):
     assert 5 < teacher["metrics"]["perplexity"] < 80  # of few words
     assert 0.5 < teacher["metrics"]["bits_per_byte"] < 2
     assert student["metrics"]["perplexity"] > teacher["metrics"]["perplexity"]
-    assert student["agreement"]["smollm2@0"]["forward_kl"] > 0
+    assert student["agreement"]["corrected@1"]["forward_kl"] > 0
 
 
 def test_the_report_says_how_much_of_the_gap_is_closed(run):
     assert "of the gap to the teacher is closed" in (run / "report.html").read_text()
     found = json.loads((run / "results.json").read_text())["comparisons"]
-    assert [one["student"] for one in found] == ["student@1", "mimic@1"]
+    assert [one["student"] for one in found] == ["student@2", "uncorrected@2"]
     assert all(one["gap_closed"]["count"] == 1 for one in found)
 
 
