@@ -6,15 +6,14 @@ What     SmolLM2-135M-Instruct (Allal et al. 2025; Apache-2.0), which a PyPI pac
          one pass over a part of the Bible in Basic English: "corrected". The student reads that part too, and learns
          the teacher's scores for it. The control starts alike and learns the text; the student "uncorrected" learns
          the scores of SmolLM2 as it came.
-Why      Muralidharan et al. 2024 (Minitron): prune by activation, then distil, from scores alone. Sreenivas et al. 2024:
-         correct the teacher on the text first. A teacher that has never met a text spreads its scores over words that
-         the text never uses; to be like it and to predict this text are two aims, and the uncorrected student shows how
-         far they part. Hinton et al. 2015: soft targets carry much of what hard targets lack.
+Why      Muralidharan et al. 2024 (Minitron): prune by activation, then distil, from scores alone. Sreenivas et al.
+         2024: correct the teacher on the text first. A teacher that has never met a text spreads its scores over words
+         that the text never uses; to be like it and to predict this text are two aims, and the uncorrected student
+         shows how far they part. Hinton et al. 2015: soft targets carry much of what hard targets lack.
 Command  make smollm2    (or: pip install '.[smollm2]', then epigone run configs/smollm2_student.py)
-Cost     8 GiB, and about 20 minutes on two CPU cores.
-Expect   The corrected teacher predicts the text better than SmolLM2 as it came, and its student better than the
-         control. The uncorrected student is no better than the control, or worse. The report says how much of the gap
-         to its teacher each closes.
+Cost     12 GiB, and 24 minutes on two CPU cores that had other work too.
+Expect   Perplexity of the text: corrected 11.4, SmolLM2 16.8, student 72.3, control 82.3, uncorrected 96.3. The report
+         says how much of the gap between control and teacher each student closes: 7 %, and none.
 """
 
 from dataclasses import replace as change
