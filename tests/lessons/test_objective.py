@@ -10,7 +10,19 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from epigone.errors import UserError
-from epigone.lessons.divergences import cross_entropy, forward_kl, jsd, reverse_kl
+from epigone.lessons.divergences import (
+    adaptive_kl,
+    alpha_beta,
+    cross_entropy,
+    forward_kl,
+    jsd,
+    logit_mse,
+    reverse_kl,
+    skew_forward_kl,
+    skew_reverse_kl,
+    symmetric_kl,
+    total_variation,
+)
 from epigone.lessons.objective import TEXT_ALONE, Objective
 from epigone.models import decoder
 from epigone.models.config import DecoderConfig
@@ -23,6 +35,13 @@ OBJECTIVES = {
     "jsd_0.2": Objective(partial(jsd, beta=0.2), temperature=0.5, temperature_squared=False),
     "text": TEXT_ALONE,
     "mixed": Objective(forward_kl, temperature=3.0, hard_weight=0.4),
+    "symmetric_kl": Objective(symmetric_kl),
+    "skew_forward_kl": Objective(skew_forward_kl, temperature=0.7),
+    "skew_reverse_kl": Objective(skew_reverse_kl),
+    "adaptive_kl": Objective(adaptive_kl, temperature=2.0),
+    "total_variation": Objective(total_variation),
+    "alpha_beta": Objective(alpha_beta),
+    "logit_mse": Objective(logit_mse, hard_weight=0.1),
 }
 MODEL = DecoderConfig(vocab_size=32, layers=1, model_size=8, heads=2, max_length=16, vocab_multiple=32)
 LENGTHS = (8, 3, 5, 8, 2, 6)

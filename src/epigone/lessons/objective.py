@@ -6,6 +6,7 @@ from jaxtyping import Array, Float, Int
 
 from epigone.errors import UserError
 from epigone.lessons.divergences import Divergence, cross_entropy, forward_kl
+from epigone.lessons.terms import on_cut_rows
 
 
 @dataclass(frozen=True)
@@ -39,19 +40,22 @@ class Objective:
         student_logits_BTV: Float[Array, "B T V"],
         teacher_logits_BTV: Float[Array, "B T V"] | None,
         targets_BT: Int[Array, "B T"],
+        vocab_axis: str | None = None,
     ) -> Float[Array, "B T"]:
         """Loss [B, T] in nats (times T^2 in its first part), float32, neither weighted nor averaged.
+
+        `vocab_axis`: inside shard_map, the mesh axis over which V is cut.
 
         Raises: UserError where a teacher is needed and there is none.
         """
         if not self.needs_teacher:
-            return cross_entropy(student_logits_BTV, targets_BT)
+            return cross_entropy(student_logits_BTV, targets_BT, vocab_axis=vocab_axis)
         if teacher_logits_BTV is None:
             raise UserError(
                 f"objective: hard_weight={self.hard_weight} leaves {1 - self.hard_weight:g} to a teacher, and there is "
                 "none: name a teacher, or set hard_weight=1 to learn from the text alone"
             )
-        soft_BT = self.divergence(
+        soft_BT = on_cut_rows(self.divergence, vocab_axis)(
             student_logits_BTV,
             teacher_logits_BTV,
             temperature=self.temperature,
@@ -59,7 +63,8 @@ class Objective:
         )
         if self.hard_weight == 0.0:
             return soft_BT
-        return (1.0 - self.hard_weight) * soft_BT + self.hard_weight * cross_entropy(student_logits_BTV, targets_BT)
+        hard_BT = cross_entropy(student_logits_BTV, targets_BT, vocab_axis=vocab_axis)
+        return (1.0 - self.hard_weight) * soft_BT + self.hard_weight * hard_BT
 
 
 TEXT_ALONE = Objective(hard_weight=1.0)
