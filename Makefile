@@ -25,6 +25,7 @@ lint: $(DEV_READY)
 
 bench: $(DEV_READY)
 	$(BIN)/python benchmarks/ngram.py
+	$(BIN)/python benchmarks/fused_loss.py
 	$(BIN)/python benchmarks/sampling.py
 	$(BIN)/python benchmarks/speculative.py
 

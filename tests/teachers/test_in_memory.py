@@ -10,6 +10,8 @@ from jax.sharding import PartitionSpec as P
 
 from epigone.data.pipeline import Batches, pack
 from epigone.lessons.divergences import forward_kl
+from epigone.lessons.fused import Head, Hidden, fused_loss
+from epigone.lessons.objective import Objective
 from epigone.models import decoder
 from epigone.models.config import DecoderConfig
 from epigone.models.ngram import NGram, NGramModel
@@ -104,13 +106,13 @@ def test_ngram_teacher_gives_finite_loss_and_gradient():
     batch = two_documents_a_row()
     teacher = NGramTeacher(Trigram(), "id")
     student = jnp.zeros((2, 8, 12)).at[..., :2].set(-1e9)
-    scores = teacher.logits(teacher.place(), batch, teacher.fetch(batch))
+    scores = teacher.scores(teacher.place(), batch, teacher.fetch(batch))
     value, gradient = jax.value_and_grad(lambda s: forward_kl(s, scores).sum())(student)
     assert np.isfinite(value)
     assert np.all(np.isfinite(gradient))
 
 
-def test_decoder_teacher_gives_its_own_logits_on_any_mesh():
+def test_decoder_teacher_gives_the_states_of_its_own_logits_on_any_mesh():
     batch = two_documents_a_row()
     params = decoder.init(CONFIG, 0)
     expected = jax.jit(decoder.apply, static_argnums=0)(CONFIG, params, *(batch[i] for i in (0, 3, 4)))
@@ -118,21 +120,32 @@ def test_decoder_teacher_gives_its_own_logits_on_any_mesh():
     with jax.set_mesh(make_mesh(1, 2, 2)):
         placed = teacher.place()
         on_mesh = Batch(*(jax.device_put(x, P(("data", "fsdp"), None)) for x in batch))
-        logits = jax.jit(teacher.logits)(placed, on_mesh, {})
-    np.testing.assert_allclose(logits, expected, rtol=1e-5, atol=1e-5)
+        hidden_BTD, head_VD, bias_V = jax.jit(teacher.scores)(placed, on_mesh, {})
+    assert bias_V is None
+    assert teacher.head == Head(vocab_size=64, never=CONFIG.specials.never)
+    allowed = [v for v in range(64) if v not in CONFIG.specials.never]
+    logits = np.asarray(hidden_BTD) @ np.asarray(head_VD).T
+    np.testing.assert_allclose(logits[..., allowed], expected[..., allowed], rtol=1e-5, atol=1e-5)
 
 
 def test_teachers_of_one_shape_share_a_compiled_step():
     first, second = (DecoderTeacher(CONFIG, decoder.init(CONFIG, seed), "id") for seed in (0, 1))
-    assert first.logits == second.logits
-    assert hash(first.logits) == hash(second.logits)
-    assert NGramTeacher(Trigram(), "a").logits is NGramTeacher(Trigram(), "b").logits
+    assert first.scores == second.scores
+    assert hash(first.scores) == hash(second.scores)
+    assert NGramTeacher(Trigram(), "a").scores is NGramTeacher(Trigram(), "b").scores
 
 
 def test_no_gradient_reaches_the_teacher():
     batch = two_documents_a_row()
     teacher = DecoderTeacher(CONFIG, decoder.init(CONFIG, 0), "id")
-    gradient = jax.grad(lambda params: teacher.logits(params, batch, {}).sum())(teacher.params)
+    student = Hidden(jnp.ones((2, 8, 4)), jnp.ones((64, 4)))
+
+    def loss(params):
+        scores = teacher.scores(params, batch, {})
+        return fused_loss(Objective().loss, student, scores, batch.targets_BT, batch.weights_BT)[0]
+
+    value, gradient = jax.value_and_grad(loss)(teacher.params)
+    assert value > 0
     assert not any(np.any(leaf) for leaf in jax.tree.leaves(gradient))
 
 

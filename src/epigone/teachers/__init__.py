@@ -8,6 +8,7 @@ import jax
 
 from epigone.data.pipeline import Batch
 from epigone.errors import UserError
+from epigone.lessons.fused import Head, Hidden
 from epigone.lessons.objective import Objective
 
 
@@ -21,29 +22,32 @@ class Signal(Enum):
 
 
 class Teacher(Protocol):
-    """Gives a signal for each batch: first on the host (`fetch`), then inside the training step (`logits`).
+    """Gives a signal for each batch: first on the host (`fetch`), then inside the training step (`scores`).
 
     Attributes:
         vocab_size: entries of a logits row.
         tokenizer_identity: identity of the tokenizer that the teacher reads and writes.
         tokenizer_name: its name, for messages.
         signal: what it gives.
-        logits: `(params, batch, fetched) -> logits_BTV`, traced. A function or a frozen dataclass, equal for teachers
-            of one shape, and without arrays in it: steps are compiled once for all that are equal.
+        scores: `(params, batch, fetched)` -> logits [B, T, V], or `Hidden` states with a head; traced. A function or a
+            frozen dataclass, equal for teachers of one shape, and without arrays in it: steps are compiled once for all
+            that are equal.
+        head: how hidden states become logits; None where there are none.
     """
 
     vocab_size: int | None
     tokenizer_identity: str
     tokenizer_name: str
     signal: Signal
-    logits: Callable[[Any, Any, Any], jax.Array]
+    scores: Callable[[Any, Any, Any], jax.Array | Hidden]
+    head: Head | None
 
     def place(self) -> Any:
         """Parameters on the mesh that is set, an argument of the compiled step; {} where there are none."""
         ...
 
     def fetch(self, batch: Batch) -> dict[str, Any]:
-        """Host arrays [B, T, ...] that `logits` needs for this process's part of a batch; {} where it needs none."""
+        """Host arrays [B, T, ...] that `scores` needs for this process's part of a batch; {} where it needs none."""
         ...
 
     def flops_per_token(self, length: int) -> int:
@@ -74,10 +78,10 @@ def check_compatible(
     check_needed(objective, teacher is not None)
     if teacher is None:
         return
-    if teacher.signal is not Signal.DENSE_LOGITS:
+    if teacher.signal not in (taken := (Signal.DENSE_LOGITS, Signal.HIDDEN_STATES)):
         raise UserError(
-            f"the teacher gives {teacher.signal.value}, and the objective takes {Signal.DENSE_LOGITS.value}: choose a "
-            "teacher with scores, or train on its text with hard_weight=1"
+            f"the teacher gives {teacher.signal.value}, and the objective takes {' or '.join(s.value for s in taken)}: "
+            "choose a teacher with scores, or train on its text with hard_weight=1"
         )
     names = f"(tokenizers '{teacher.tokenizer_name}', '{tokenizer_name}')"
     if teacher.vocab_size != vocab_size:

@@ -5,7 +5,9 @@ from typing import Any
 
 import jax
 import numpy as np
+from flax import nnx
 
+from epigone.lessons.fused import Head, Hidden
 from epigone.models import decoder
 from epigone.models.config import DecoderConfig
 from epigone.models.language_model import BOS
@@ -15,20 +17,26 @@ from epigone.teachers import Batch, Signal
 
 
 @dataclass(frozen=True)
-class DecoderLogits:
-    """Forward pass of a decoder as a teacher: its config is all that the compiled step depends on."""
+class DecoderStates:
+    """Forward pass of a decoder up to its head: its config is all that the compiled step depends on."""
 
     config: DecoderConfig
 
-    def __call__(self, params: Any, batch: Batch, fetched: dict[str, jax.Array]) -> jax.Array:
-        logits_BTV = decoder.apply(self.config, params, batch.tokens_BT, batch.positions_BT, batch.segments_BT)
-        return jax.lax.stop_gradient(logits_BTV)
+    def __call__(self, params: Any, batch: Batch, fetched: Any = None) -> Hidden:
+        model = nnx.merge(decoder.structure(self.config), params)
+        return Hidden(model(batch.tokens_BT, batch.positions_BT, batch.segments_BT), model.head_VD)
+
+    @property
+    def head(self) -> Head:
+        """How its hidden states become logits."""
+        config = self.config
+        return Head(config.vocab_size, soft_cap=config.logit_softcap, never=config.specials.never)
 
 
 class DecoderTeacher:
-    """A decoder that scores each batch within the student's step, on the same mesh."""
+    """A decoder that reads each batch within the student's step, on the same mesh."""
 
-    signal = Signal.DENSE_LOGITS
+    signal = Signal.HIDDEN_STATES
 
     def __init__(
         self, config: DecoderConfig, params: Any, tokenizer_identity: str, tokenizer_name: str = "unnamed"
@@ -36,11 +44,12 @@ class DecoderTeacher:
         self.params = params
         self.vocab_size = config.vocab_size
         self.tokenizer_identity, self.tokenizer_name = tokenizer_identity, tokenizer_name
-        self.logits = DecoderLogits(config)
+        self.scores = DecoderStates(config)
+        self.head = self.scores.head
 
     def place(self) -> Any:
         """The parameters, cut over the mesh that is set as the student's are."""
-        shardings = jax.tree.map(lambda leaf: leaf.sharding, decoder.abstract(self.logits.config))
+        shardings = jax.tree.map(lambda leaf: leaf.sharding, decoder.abstract(self.scores.config))
         return spread(self.params, shardings)
 
     def fetch(self, batch: Batch) -> dict[str, Any]:
@@ -49,7 +58,7 @@ class DecoderTeacher:
 
     def flops_per_token(self, length: int) -> int:
         """Those of a forward pass."""
-        return decoder.flops_per_token(self.logits.config, length, training=False)
+        return decoder.flops_per_token(self.scores.config, length, training=False)
 
 
 def fetched_logits(params: Any, batch: Batch, fetched: dict[str, jax.Array]) -> jax.Array:
@@ -65,7 +74,8 @@ class NGramTeacher:
     """
 
     signal = Signal.DENSE_LOGITS
-    logits = staticmethod(fetched_logits)
+    scores = staticmethod(fetched_logits)
+    head = None
 
     def __init__(self, model: NGramModel, tokenizer_identity: str, tokenizer_name: str = "unnamed") -> None:
         self.model = model

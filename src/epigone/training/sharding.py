@@ -10,7 +10,7 @@ from jax.sharding import PartitionSpec as P
 from epigone.errors import UserError
 from epigone.models.sharding import Sharding
 
-BATCH_AXES = Sharding().B
+BATCH_AXES: tuple[str, ...] = tuple(Sharding().B or ())
 
 
 def check_divisible(batch_size: int, microbatches: int, mesh: Mesh) -> None:

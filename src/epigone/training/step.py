@@ -11,15 +11,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import Mesh
 
 from epigone.identity import fingerprint
+from epigone.lessons.fused import Mesh, fused_loss
 from epigone.lessons.objective import Objective
-from epigone.models import decoder
 from epigone.models.config import DecoderConfig
 from epigone.teachers import Batch, Teacher
+from epigone.teachers.in_memory import DecoderStates
 from epigone.training.config import Training
 from epigone.training.optimizer import learning_rate, transformation
+from epigone.training.sharding import BATCH_AXES
 
 State = dict[str, Any]
 """step (int32), params, optimizer, and ema where weights are averaged."""
@@ -41,14 +42,17 @@ class Programs:
 
 
 def programs(
-    model: DecoderConfig, training: Training, objective: Objective, teacher: Teacher | None, mesh: Mesh
+    model: DecoderConfig, training: Training, objective: Objective, teacher: Teacher | None, mesh: jax.sharding.Mesh
 ) -> Programs:
     """The programs for this model, lesson and mesh; the same objects for equal configs."""
-    scores = teacher.logits if teacher else None
+    scores, student = teacher.scores if teacher else None, DecoderStates(model)
     key = (fingerprint((model, training, objective, scores)), mesh)
     if key not in _programs:
+        heads = (student.head, teacher.head if teacher else None)
+        cut = Mesh(BATCH_AXES, "tensor" if mesh.shape["tensor"] > 1 else None)
+        fused = partial(fused_loss, objective.loss, heads=heads, mesh=cut)
         begin = jax.jit(partial(_begin, training))
-        step = jax.jit(partial(_step, model, training, objective, scores), donate_argnums=0)
+        step = jax.jit(partial(_step, training, student, scores, fused), donate_argnums=0)
         _programs[key] = Programs(begin, step)
     return _programs[key]
 
@@ -64,10 +68,10 @@ def _begin(training: Training, params: Any) -> State:
 
 
 def _step(
-    model: DecoderConfig,
     training: Training,
-    objective: Objective,
-    scores: Callable[..., jax.Array] | None,
+    student: DecoderStates,
+    scores: Callable[..., Any] | None,
+    fused: Callable[..., tuple[jax.Array, jax.Array]],
     state: State,
     teacher_params: Any,
     batch: Batch,
@@ -79,10 +83,8 @@ def _step(
 
     def loss(params: Any, part: tuple[Batch, Any]) -> jax.Array:
         batch, fetched = part
-        logits_BTV = decoder.apply(model, params, batch.tokens_BT, batch.positions_BT, batch.segments_BT)
-        teacher_BTV = scores(teacher_params, batch, fetched) if scores else None
-        loss_BT = objective.loss(logits_BTV, teacher_BTV, batch.targets_BT)
-        return jnp.sum(loss_BT * batch.weights_BT) / tokens
+        given = scores(teacher_params, batch, fetched) if scores else None
+        return fused(student(params, batch), given, batch.targets_BT, batch.weights_BT)[0] / tokens
 
     mean_loss, gradients = _accumulated(jax.value_and_grad(loss), state["params"], (batch, fetched))
     updates, optimizer_state = _update(training, gradients, state)
