@@ -38,6 +38,12 @@ def _run(arguments: list[str]) -> None:
     run(arguments)
 
 
+def _label(arguments: list[str]) -> None:
+    from epigone.verbs.label import label_texts
+
+    label_texts(arguments)
+
+
 def _import(arguments: list[str]) -> None:
     from epigone.verbs.importing import Import, import_node
 
@@ -71,6 +77,7 @@ def _report(arguments: list[str]) -> None:
 
 VERBS: dict[str, tuple[str, Callable[[list[str]], None]]] = {
     "run": ("Grow the lineage of a config: train, distil, self-train for generations.", _run),
+    "label": ("Ask the teachers of a config once, and keep their scores on disk.", _label),
     "import": ("Make a node of a Hugging Face folder or a GGUF file.", _import),
     "sample": ("Let a node write.", _sample),
     "evaluate": (

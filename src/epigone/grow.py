@@ -13,7 +13,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from epigone.data.pipeline import Batches, pack
+from epigone.data.pipeline import Batches, Rows, pack
 from epigone.errors import UserError
 from epigone.identity import canonical, fingerprint
 from epigone.lineage import Lineage, Node, Text, TrainedTokenizer
@@ -25,6 +25,7 @@ from epigone.pretrained import import_weights
 from epigone.processes import first_then_all, is_first, wait
 from epigone.starting import check_start, starting_weights
 from epigone.store import Store, kind
+from epigone.teaching import check_teacher, teacher_of
 from epigone.training.config import Hardware
 from epigone.view import View
 
@@ -103,26 +104,9 @@ def _check(nodes: list[Node], materials: Materials) -> None:
         if lesson.start_from:
             check_start(node, materials)
         if lesson.objective is not None:
-            _check_teacher(node, materials)
+            check_teacher(node, materials)
     for text in dict.fromkeys(texts):
         materials.strings(text)
-
-
-def _check_teacher(node: Node, materials: Materials) -> None:
-    """Refuse a teacher that is missing, not needed, or of another tokenizer, before anything is grown."""
-    from epigone.teachers import check_needed
-
-    lesson = node.lesson
-    check_needed(lesson.objective, lesson.teacher is not None)
-    if lesson.teacher is None:
-        return
-    teacher = materials.store.lineage[lesson.teacher]
-    theirs, ours = (materials.tokenizer(config) for config in (teacher.tokenizer, node.tokenizer))
-    if theirs.identity != ours.identity:
-        raise UserError(
-            f"node '{node.key}' and its teacher '{teacher.key}' read different tokenizers, '{ours.name}' and "
-            f"'{theirs.name}': give both one tokenizer"
-        )
 
 
 def _demand_parents(store: Store, node: Node) -> None:
@@ -139,10 +123,7 @@ def _grow_node(node: Node, materials: Materials, hardware: Hardware, view: View)
         view.stage("import")
         learned = import_weights(node, materials, hardware)
     else:
-        view.stage("read text")
-        with first_then_all(f"{node.key} reads"):
-            sources = [materials.documents(source, node.tokenizer) for source in node.lesson.text]
-        learned = (_count if isinstance(node.model, NGram) else _train)(node, sources, materials, hardware, view)
+        learned = (_count if isinstance(node.model, NGram) else _train)(node, materials, hardware, view)
     record = {
         "key": node.key,
         "name": node.name,
@@ -166,10 +147,22 @@ def _grow_node(node: Node, materials: Materials, hardware: Hardware, view: View)
     return record
 
 
-def _count(
-    node: Node, sources: list[list[Document]], materials: Materials, _hardware: Hardware, view: View
-) -> dict[str, Any]:
+def _read(node: Node, materials: Materials, view: View) -> list[list[Document]]:
+    """The documents of each source of a lesson; what another node writes is written first."""
+    view.stage("read text")
+    with first_then_all(f"{node.key} reads"):
+        return [materials.documents(source, node.tokenizer) for source in node.lesson.text]
+
+
+def packed(node: Node, materials: Materials, view: View) -> list[Rows]:
+    """The texts of a lesson in rows, a source each."""
+    specials = materials.tokenizer(node.tokenizer).specials
+    return [pack(source, node.lesson.training.sequence_length, specials) for source in _read(node, materials, view)]
+
+
+def _count(node: Node, materials: Materials, _hardware: Hardware, view: View) -> dict[str, Any]:
     """Fit a model that counts; every process does, and the first one saves it."""
+    sources = _read(node, materials, view)
     view.stage("count")
     documents = [document for source in sources for document in source]
     validation = node.lesson.validation
@@ -183,9 +176,7 @@ def _count(
     return {"parameters": model.parameter_count, "tokens": count_tokens(documents), "scale": model.scale}
 
 
-def _train(
-    node: Node, sources: list[list[Document]], materials: Materials, hardware: Hardware, view: View
-) -> dict[str, Any]:
+def _train(node: Node, materials: Materials, hardware: Hardware, view: View) -> dict[str, Any]:
     """Train a model that multiplies matrices. JAX starts here."""
     import jax
 
@@ -195,12 +186,13 @@ def _train(
     lesson, identity = node.lesson, materials.store.lineage.identities[node.key]
     tokenizer = materials.tokenizer(node.tokenizer)
     config = fill(node.model, tokenizer)
-    rows = [pack(source, lesson.training.sequence_length, tokenizer.specials) for source in sources]
+    rows = packed(node, materials, view)
     # What the lesson's teacher and objective are is left out: a student and its control start alike and read alike.
     recipe = fingerprint([node.model, node.tokenizer, lesson.text, lesson.weights, lesson.training, node.seed])
     read = partial(Batches, rows, lesson.weights, lesson.training.batch_size, seed_of(recipe, "data"))
     start = partial(starting_weights, node, materials, read(), seed_of(recipe, "train"))
     directory = materials.store.directory(node)
+    teacher, asked = teacher_of(node, materials, rows, hardware, view)
     view.stage("train", lesson.training.steps)
     began = time.monotonic()
     trained = loop.train(
@@ -210,7 +202,7 @@ def _train(
         read(jax.process_index(), jax.process_count()),
         seed=seed_of(recipe, "train"),
         identity=identity,
-        teacher=_teacher(node, materials),
+        teacher=teacher,
         initial_params=start if lesson.start_from else None,
         hardware=hardware,
         directory=directory / "training",
@@ -221,34 +213,11 @@ def _train(
     return {
         "parameters": parameter_count(config),
         "tokens": trained.tokens,
-        "flops": trained.flops,
+        "flops": trained.flops + asked.pop("flops", 0),
+        **asked,
         "curve": trained.curve,
         "seconds_before": max(0.0, trained.seconds - (time.monotonic() - began)),
     }
-
-
-def _teacher(node: Node, materials: Materials) -> Any:
-    """The node whose scores are learned, checked against the student before any work."""
-    from epigone.teachers import check_compatible, in_memory
-
-    if node.lesson.teacher is None:
-        return None
-    parent = materials.store.lineage[node.lesson.teacher]
-    model: Any = materials.model(parent)
-    tokenizer = materials.tokenizer(parent.tokenizer)
-    if isinstance(parent.model, NGram):
-        teacher: Any = in_memory.NGramTeacher(model, tokenizer.identity, tokenizer.name)
-    else:
-        teacher = in_memory.DecoderTeacher(model.config, model.params, tokenizer.identity, tokenizer.name)
-    own = materials.tokenizer(node.tokenizer)
-    check_compatible(
-        node.lesson.objective,
-        teacher,
-        vocab_size=fill(node.model, own).vocab_size,
-        tokenizer_identity=own.identity,
-        tokenizer_name=own.name,
-    )
-    return teacher
 
 
 def _circumstances() -> dict[str, Any]:

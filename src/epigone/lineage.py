@@ -100,6 +100,8 @@ class Lesson:
         text: sources of text, real or written by other nodes.
         weights: share of each source in the mixture; None joins the sources in proportion to their size.
         teacher: key of the node whose scores are learned; None learns from the text alone.
+        scores: what is kept on disk of the teacher's scores, a config of `epigone.teachers.kept`, so that it is asked
+            once; None: it scores every batch beside the student, and all its scores count.
         start_from: key of the node whose weights are the start; None starts fresh.
         inherit: which of them are taken where the two differ in size, a config of `epigone.models.inherit`; None: all.
         source: files with the weights; such a node learns nothing, and has no text.
@@ -111,6 +113,7 @@ class Lesson:
     text: tuple[Text | Written, ...] = ()
     weights: tuple[float, ...] | None = None
     teacher: str | None = None
+    scores: Any = None
     start_from: str | None = None
     inherit: Any = None
     source: Pretrained | None = None

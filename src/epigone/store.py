@@ -124,6 +124,10 @@ class Store:
                 stack.enter_context(_locked(self.directory(node) / "lock", fcntl.LOCK_EX))
             yield
 
+    def share(self) -> contextlib.AbstractContextManager[TextIO]:
+        """Keep out whoever would grow the whole run, and nobody else."""
+        return _locked(self.run / "lock", fcntl.LOCK_SH)
+
     def lock_weights(self, node: Node) -> contextlib.AbstractContextManager[TextIO]:
         """Wait until no other run imports these weights, and keep others out."""
         return _locked(self.weights(node).parent / "lock", fcntl.LOCK_EX, patient=True)

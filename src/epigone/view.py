@@ -138,7 +138,8 @@ class Terminal:
         report, steps = self._report, self._steps or 0
         left = (time.monotonic() - self._stage_began) * (steps - report.step) / max(1, report.step)
         speed = f"{report.tokens_per_second:,.0f} tokens/s"
-        return f"step {report.step}/{steps}  loss {report.loss:.3f}  {speed}  {clock(left)} left"
+        loss = "" if report.loss is None else f"loss {report.loss:.3f}  "
+        return f"step {report.step}/{steps}  {loss}{speed}  {clock(left)} left"
 
 
 def summary(node: Node, record: dict[str, Any]) -> str:

@@ -12,7 +12,7 @@ from epigone.errors import UserError
 if TYPE_CHECKING:
     import grain
 
-__all__ = ["Batch", "Batches", "Rows", "pack", "pack_to"]
+__all__ = ["Batch", "Batches", "Rows", "as_batch", "pack", "pack_to"]
 
 _FOREVER = 2**62
 _PREFETCHED = 8
@@ -128,9 +128,7 @@ class Batches:
         for owner in np.unique(owners):
             mine = owners == owner
             planes_B3T[mine] = self._rows[owner].planes_R3T[numbers[mine] - self._starts[owner]]
-        tokens_BT, targets_BT, segments_BT = (np.ascontiguousarray(planes_B3T[:, plane]) for plane in range(3))
-        weights_BT = (segments_BT > 0).astype(np.float32)
-        return Batch(tokens_BT, targets_BT, weights_BT, _positions(segments_BT), segments_BT)
+        return as_batch(planes_B3T)
 
 
 class _Epochs:
@@ -155,7 +153,14 @@ class _Epochs:
         return np.random.default_rng([self._seed, self._start, epoch]).permutation(self._rows)
 
 
-def _positions(segments_BT: np.ndarray) -> np.ndarray:
+def as_batch(planes_B3T: np.ndarray) -> Batch:
+    """Packed rows as a batch."""
+    tokens_BT, targets_BT, segments_BT = (np.ascontiguousarray(planes_B3T[:, plane]) for plane in range(3))
+    weights_BT = (segments_BT > 0).astype(np.float32)
+    return Batch(tokens_BT, targets_BT, weights_BT, positions(segments_BT), segments_BT)
+
+
+def positions(segments_BT: np.ndarray) -> np.ndarray:
     """Distance from the start of the segment, 0 in padding."""
     column_T = np.arange(segments_BT.shape[1], dtype=np.int32)
     begins_BT = np.ones(segments_BT.shape, bool)

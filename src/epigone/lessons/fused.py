@@ -23,6 +23,8 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
+from epigone.lessons.sparse import Sparse
+
 LOGITS_BYTES = 450_000_000
 """Bytes of the logits of a chunk, in float32, for each of the two models."""
 
@@ -36,7 +38,7 @@ NEVER = -1e9
 """The logit of what is never predicted."""
 
 Loss = Callable[..., jax.Array]
-"""`(student_logits_BTV, teacher_logits_BTV or None, targets_BT, vocab_axis=...)` -> [B, T], as `Objective.loss`."""
+"""`(student_logits_BTV, teacher's logits, Sparse or None, targets_BT, vocab_axis=...)` -> [B, T]: `Objective.loss`."""
 
 
 @dataclass(frozen=True)
@@ -84,7 +86,7 @@ class Fused(NamedTuple):
 def fused_loss(
     loss: Loss,
     student: Hidden,
-    teacher: Hidden | Float[Array, "B T V"] | None,
+    teacher: Hidden | Float[Array, "B T V"] | Sparse | None,
     targets_BT: Int[Array, "B T"],
     weights_BT: Float[Array, "B T"],
     *,
@@ -97,7 +99,8 @@ def fused_loss(
     Args:
         loss: of logits, per token.
         student: gets a gradient in all its parts.
-        teacher: hidden states and head, or logits [B, T, V] that are at hand, or None; a constant.
+        teacher: hidden states and head, or logits [B, T, V] or a few scores a token that are at hand, or None; a
+            constant.
         targets_BT: the next tokens, for losses that read them.
         weights_BT: of the tokens.
         heads: the heads of both; a teacher without one has the student's.
@@ -107,17 +110,72 @@ def fused_loss(
     Returns: float32 numbers, in the units of the loss.
     """
     if isinstance(teacher, Hidden):
-        teacher = _as_many_rows(jax.lax.stop_gradient(teacher), student.weight_VD.shape[0])
-    elif teacher is not None:
+        teacher = _as_many_rows(teacher, student.weight_VD.shape[0])
+    elif teacher is not None and not isinstance(teacher, Sparse):
         more = student.weight_VD.shape[0] - teacher.shape[-1]
-        teacher = jax.lax.stop_gradient(teacher)
         teacher = jnp.pad(teacher, ((0, 0), (0, 0), (0, more)), constant_values=NEVER) if more else teacher
-    arguments = (student, teacher, targets_BT, weights_BT)
+    arguments = (student, jax.lax.stop_gradient(teacher), targets_BT, weights_BT)
     if jax.sharding.get_abstract_mesh().empty:
         mesh = Mesh()
     else:
         arguments = jax.tree.map(jax.reshard, arguments, _specs(mesh, student, teacher))
     return _fused(Fused(loss, heads[0], heads[1] or heads[0], mesh, chunk), *arguments)
+
+
+def map_logits(
+    function: Callable[..., Any],
+    head: Head,
+    given: Hidden | Float[Array, "B T V"],
+    *more_BT: Array,
+    mesh: Mesh = Mesh(),
+    chunk: int | None = None,
+) -> Any:
+    """function(logits [C, V], more [C, ...]...) of all tokens, a chunk at a time, each with its whole row of logits.
+
+    Args:
+        function: gives a tree of arrays [C, ...].
+        head: of the hidden states, or what is never predicted of logits that are at hand.
+        given: hidden states and head, or logits.
+        more_BT: arrays [B, T, ...] that `function` gets beside the logits.
+        mesh: the axes of the mesh that is set.
+        chunk: tokens whose logits are made at once, on each device; by default as LOGITS_BYTES allow.
+
+    Returns: the tree with arrays [B, T, ...].
+    """
+
+    hidden = given if isinstance(given, Hidden) else Hidden(given, None)  # type: ignore[arg-type]
+    if jax.sharding.get_abstract_mesh().empty or mesh == Mesh():
+        return _map_local(function, head, Mesh(), chunk, hidden, *more_BT)
+    rows: Any = P(mesh.batch or None)
+    whole = _specs(mesh, hidden, given)[1]
+    specs = (whole if isinstance(whole, Hidden) else Hidden(whole, None), *[rows] * len(more_BT))  # type: ignore[arg-type]
+    arguments = jax.tree.map(jax.reshard, (hidden, *more_BT), specs)
+    # Rows are gathered, and so the same on the devices that share a vocabulary; the type system cannot know that.
+    local = partial(_map_local, function, head, mesh, chunk)
+    return jax.shard_map(local, in_specs=specs, out_specs=rows, check_vma=False)(*arguments)
+
+
+def _map_local(
+    function: Callable[..., Any], head: Head, mesh: Mesh, chunk: int | None, hidden: Hidden, *more_BT: Array
+) -> Any:
+    """`map_logits` of the tokens that are on this device."""
+    vocab, weight_VD, shape = mesh.vocab, hidden.weight_VD, hidden.hidden_BTD.shape
+    V = (shape[2] if weight_VD is None else len(weight_VD)) * (1 if vocab is None else jax.lax.axis_size(vocab))
+    pieces, C = _parts(shape[0] * shape[1], chunk or LOGITS_BYTES // (4 * V))
+
+    def piece(part: Any) -> Any:
+        states_CD, *rest = part
+        if weight_VD is None:
+            logits_CV = _masked(head, vocab, states_CD)
+        else:
+            raw_CV = _product(states_CD, weight_VD.astype(states_CD.dtype))
+            logits_CV = _logits(head, vocab, raw_CV, hidden.bias_V)
+        if vocab is not None:
+            logits_CV = jax.lax.all_gather(logits_CV, vocab, axis=1, tiled=True)
+        return function(logits_CV, *rest)
+
+    parts = jax.tree.map(partial(_cut, pieces, C), (hidden.hidden_BTD, *more_BT))
+    return jax.tree.map(lambda x: _whole(x, shape[:2]), jax.lax.map(piece, parts))
 
 
 def _specs(mesh: Mesh, student: Hidden, teacher: Any) -> tuple[Any, ...]:
@@ -128,8 +186,12 @@ def _specs(mesh: Mesh, student: Hidden, teacher: Any) -> tuple[Any, ...]:
     def hidden(given: Hidden) -> Hidden:
         return Hidden(rows, vocab, None if given.bias_V is None else vocab)
 
-    logits = None if teacher is None else P(mesh.batch or None, None, mesh.vocab)
-    return hidden(student), hidden(teacher) if isinstance(teacher, Hidden) else logits, rows, rows
+    if isinstance(teacher, Hidden):
+        known: Any = hidden(teacher)
+    else:
+        spec = rows if isinstance(teacher, Sparse) else P(mesh.batch or None, None, mesh.vocab)
+        known = jax.tree.map(lambda _: spec, teacher)
+    return hidden(student), known, rows, rows
 
 
 def _as_many_rows(hidden: Hidden, rows: int) -> Hidden:
@@ -285,8 +347,10 @@ def _weighted(
     vocab = how.mesh.vocab
     logits_RV = _logits(how.student, vocab, raw_RV, bias_V)
     if known_RV is not None:
-        read = _masked if heads.teacher_VD is None else partial(_logits, bias_V=heads.teacher_bias_V)
-        known_RV = read(how.teacher, vocab, known_RV)[None]
+        if not isinstance(known_RV, Sparse):
+            read = _masked if heads.teacher_VD is None else partial(_logits, bias_V=heads.teacher_bias_V)
+            known_RV = read(how.teacher, vocab, known_RV)
+        known_RV = jax.tree.map(lambda x: x[None], known_RV)
     more = {} if vocab is None else {"vocab_axis": vocab}
     loss_R = how.loss(logits_RV[None], known_RV, targets_R[None], **more)[0]
     return jnp.sum(loss_R * weights_R), loss_R

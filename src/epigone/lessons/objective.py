@@ -1,11 +1,15 @@
 """What a student's logits are held against: a teacher's distribution, the text itself, or both."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 from jaxtyping import Array, Float, Int
 
 from epigone.errors import UserError
 from epigone.lessons.divergences import Divergence, cross_entropy, forward_kl
+from epigone.lessons.sparse import Sparse, sparse_divergence
 from epigone.lessons.terms import on_cut_rows
 
 
@@ -38,28 +42,29 @@ class Objective:
     def loss(
         self,
         student_logits_BTV: Float[Array, "B T V"],
-        teacher_logits_BTV: Float[Array, "B T V"] | None,
+        teacher: Float[Array, "B T V"] | Sparse | None,
         targets_BT: Int[Array, "B T"],
         vocab_axis: str | None = None,
     ) -> Float[Array, "B T"]:
         """Loss [B, T] in nats (times T^2 in its first part), float32, neither weighted nor averaged.
 
-        `vocab_axis`: inside shard_map, the mesh axis over which V is cut.
+        `teacher`: its logits, or what was kept of them. `vocab_axis`: inside shard_map, the mesh axis over which V is
+        cut.
 
         Raises: UserError where a teacher is needed and there is none.
         """
         if not self.needs_teacher:
             return cross_entropy(student_logits_BTV, targets_BT, vocab_axis=vocab_axis)
-        if teacher_logits_BTV is None:
+        if teacher is None:
             raise UserError(
                 f"objective: hard_weight={self.hard_weight} leaves {1 - self.hard_weight:g} to a teacher, and there is "
                 "none: name a teacher, or set hard_weight=1 to learn from the text alone"
             )
-        soft_BT = on_cut_rows(self.divergence, vocab_axis)(
-            student_logits_BTV,
-            teacher_logits_BTV,
-            temperature=self.temperature,
-            temperature_squared=self.temperature_squared,
+        divergence: Callable[..., Any] = on_cut_rows(self.divergence, vocab_axis)
+        if isinstance(teacher, Sparse):
+            divergence = partial(sparse_divergence, self.divergence, vocab_axis=vocab_axis)
+        soft_BT = divergence(
+            student_logits_BTV, teacher, temperature=self.temperature, temperature_squared=self.temperature_squared
         )
         if self.hard_weight == 0.0:
             return soft_BT

@@ -8,8 +8,10 @@ import jax
 
 from epigone.data.pipeline import Batch
 from epigone.errors import UserError
+from epigone.lessons.divergences import forward_kl
 from epigone.lessons.fused import Head, Hidden
 from epigone.lessons.objective import Objective
+from epigone.lessons.sparse import Rest, Sparse
 
 
 class Signal(Enum):
@@ -29,9 +31,9 @@ class Teacher(Protocol):
         tokenizer_identity: identity of the tokenizer that the teacher reads and writes.
         tokenizer_name: its name, for messages.
         signal: what it gives.
-        scores: `(params, batch, fetched)` -> logits [B, T, V], or `Hidden` states with a head; traced. A function or a
-            frozen dataclass, equal for teachers of one shape, and without arrays in it: steps are compiled once for all
-            that are equal.
+        scores: `(params, batch, fetched)` -> logits [B, T, V], `Hidden` states with a head, or `Sparse`; traced. A
+            function or a frozen dataclass, equal for teachers of one shape, and without arrays in it: steps are
+            compiled once for all that are equal.
         head: how hidden states become logits; None where there are none.
     """
 
@@ -39,7 +41,7 @@ class Teacher(Protocol):
     tokenizer_identity: str
     tokenizer_name: str
     signal: Signal
-    scores: Callable[[Any, Any, Any], jax.Array | Hidden]
+    scores: Callable[[Any, Any, Any], jax.Array | Hidden | Sparse]
     head: Head | None
 
     def place(self) -> Any:
@@ -78,7 +80,7 @@ def check_compatible(
     check_needed(objective, teacher is not None)
     if teacher is None:
         return
-    if teacher.signal not in (taken := (Signal.DENSE_LOGITS, Signal.HIDDEN_STATES)):
+    if teacher.signal not in (taken := (Signal.DENSE_LOGITS, Signal.HIDDEN_STATES, Signal.SPARSE_SCORES)):
         raise UserError(
             f"the teacher gives {teacher.signal.value}, and the objective takes {' or '.join(s.value for s in taken)}: "
             "choose a teacher with scores, or train on its text with hard_weight=1"
@@ -93,6 +95,16 @@ def check_compatible(
         raise UserError(
             f"teacher and student read different tokenizers of the same size {vocab_size} {names}, identities "
             f"{teacher.tokenizer_identity} and {tokenizer_identity}: give both one tokenizer"
+        )
+
+
+def check_kept(objective: Objective, kept: Any) -> None:
+    """Refuse an objective that cannot learn from what a lesson keeps of the scores. Raises UserError."""
+    drawn = getattr(kept, "rest", None) is Rest.SAMPLED
+    if drawn and objective.divergence is not forward_kl:
+        raise UserError(
+            f"random draws estimate forward_kl alone, and the objective's divergence is {objective.divergence}: "
+            "take forward_kl, or keep the best (TopK, TopP)"
         )
 
 

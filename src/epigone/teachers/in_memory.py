@@ -52,6 +52,10 @@ class DecoderTeacher:
         shardings = jax.tree.map(lambda leaf: leaf.sharding, decoder.abstract(self.scores.config))
         return spread(self.params, shardings)
 
+    def head_alone(self) -> dict[str, Any]:
+        """Its head, for a lesson that keeps its hidden states."""
+        return {"head": self.head, "head_VD": nnx.merge(decoder.structure(self.scores.config), self.params).head_VD}
+
     def fetch(self, batch: Batch) -> dict[str, Any]:
         """Nothing: all is in the step."""
         return {}

@@ -21,7 +21,8 @@ class StepReport:
     Attributes:
         step: steps done.
         steps: steps to do.
-        loss: mean loss of this step, in nats a token (times temperature^2 where the objective says so).
+        loss: mean loss of this step, in nats a token (times temperature^2 where the objective says so); None of work
+            that has none.
         tokens: tokens trained on so far.
         tokens_per_second: measured over the last steps.
         seconds: time so far, that of earlier runs of the same node included.
@@ -29,7 +30,7 @@ class StepReport:
 
     step: int
     steps: int
-    loss: float
+    loss: float | None
     tokens: int
     tokens_per_second: float
     seconds: float

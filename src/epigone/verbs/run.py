@@ -48,25 +48,34 @@ class Run:
 
 def run(arguments: Sequence[str]) -> None:
     """Read the arguments, which depend on the config, and do what they ask."""
+    given = read_config(arguments, "run")
+    if given is None:
+        return
+    lineage, directory, options = given
+    if options.dry_run:
+        show_plan(lineage, directory, options.data)
+    else:
+        grow_and_report(lineage, directory, options)
+
+
+def read_config(arguments: Sequence[str], verb: str) -> tuple[Lineage, Path, Any] | None:
+    """The lineage of a config, its run directory and the options given with it; None where help was asked for."""
     if not arguments or arguments[0].startswith("-"):
         if {"-h", "--help"} & set(arguments):
-            parse(Run, ["--help"], "epigone run")
-        raise UserError("say which config first, as in: epigone run configs/quickstart.py")
+            parse(Run, ["--help"], f"epigone {verb}")
+        raise UserError(f"say which config first, as in: epigone {verb} configs/quickstart.py")
     function = load_config(Path(arguments[0]))
     kind = _with_options(function)
     if {"-h", "--help"} & set(arguments):
-        _print_help(kind, function, arguments[0])
-        return
-    given = parse(kind, arguments, f"epigone run {arguments[0]}")
+        _print_help(kind, function, arguments[0], verb)
+        return None
+    given = parse(kind, arguments, f"epigone {verb} {arguments[0]}")
     options = {name: getattr(given, name) for name in inspect.signature(function).parameters}
     lineage = override(_called(function, options), given.set)
     directory = given.run or Path("runs") / lineage.name
     if directory.exists() and not directory.is_dir():
         raise UserError(f"'{directory}' is no directory: name another with --run")
-    if given.dry_run:
-        show_plan(lineage, directory, given.data)
-    else:
-        grow_and_report(lineage, directory, given)
+    return lineage, directory, given
 
 
 def load_config(path: Path) -> Callable[..., Lineage]:
@@ -130,11 +139,11 @@ def _with_options(function: Callable[..., Lineage]) -> type:
     return kind
 
 
-def _print_help(kind: type, function: Callable[..., Lineage], config: str) -> None:
+def _print_help(kind: type, function: Callable[..., Lineage], config: str, verb: str) -> None:
     """The arguments, then every field that `--set` can change, with its present value and meaning."""
     lineage = _called(function, {})
     with contextlib.suppress(SystemExit):
-        parse(kind, ["--help"], f"epigone run {config}", description=(function.__doc__ or "").partition("\n\n")[0])
+        parse(kind, ["--help"], f"epigone {verb} {config}", description=(function.__doc__ or "").partition("\n\n")[0])
     console = Console()
     console.print("\nfields for --set, as NODE.FIELD=VALUE (a pattern such as 'self-*' takes several nodes):\n")
     evaluation = [("evaluation", lineage.evaluation)] if lineage.evaluation else []
