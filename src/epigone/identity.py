@@ -32,7 +32,7 @@ def canonical(value: Any, whole: bool = True) -> Any:
     if isinstance(value, list | tuple):
         return [canonical(item, whole) for item in value]
     if isinstance(value, Enum):
-        return value.name
+        return value.value if isinstance(value, str) else value.name
     if isinstance(value, PurePath):
         return str(value)
     if value is None or isinstance(value, bool | int | float | str):

@@ -43,7 +43,7 @@ def test_ids_take_as_many_bits_as_the_vocabulary_needs(values, width):
 
 
 @pytest.mark.parametrize("vocab_size", [5, 300, 128_256])
-@pytest.mark.parametrize("scores", [TopK(4), TopK(16, bucket=False), TopP(0.7), TopP(0.99, most=40), TopK(100)])
+@pytest.mark.parametrize("scores", [TopK(4), TopK(16, rest="zero"), TopP(0.7), TopP(0.99, most=40), TopK(100)])
 def test_the_best_come_back(scores, vocab_size):
     logits = zipf(9, vocab_size)
     found = kept(scores, logits)
@@ -55,7 +55,7 @@ def test_the_best_come_back(scores, vocab_size):
     exact = np.maximum(np.take_along_axis(whole, order, -1), -LOWEST)
     # Between stored ranks of a long curve lies a straight line, which a power law is.
     assert np.abs(log_probs - exact)[there].max() < (STEP + 1e-5 if ids.shape[1] <= 17 else 0.02)
-    if scores.rest.name == "BUCKET":
+    if scores.rest == "bucket":
         others = np.array(
             [
                 1 - np.exp(row[mine]).sum()
@@ -130,6 +130,7 @@ def test_a_record_that_is_cut_or_too_long_is_a_fault():
         lambda: RandomDraws(0),
         lambda: RandomDraws(5, power=0.0),
         lambda: HiddenStates("float16"),
+        lambda: TopK(3, rest="tail"),
     ],
 )
 def test_what_cannot_be_kept_is_refused(make):

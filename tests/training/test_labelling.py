@@ -23,7 +23,7 @@ from epigone.training.labelling import label
 V, T = 40, 16
 MODEL = DecoderConfig(vocab_size=V, layers=1, model_size=16, heads=2, max_length=T, vocab_multiple=8)
 DOCUMENTS = [np.random.default_rng(n).integers(4, V, 3 + n % 23).astype(np.int32) for n in range(60)]
-KEPT = [TopK(5), TopK(60, bucket=False), TopP(0.6, most=20), RandomDraws(12), RandomDraws(12, power=0.5)]
+KEPT = [TopK(5), TopK(60, rest="zero"), TopP(0.6, most=20), RandomDraws(12), RandomDraws(12, power=0.5)]
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +68,7 @@ def test_scores_are_those_of_the_teacher_beside_the_student(tmp_path, params, sc
     log_p = np.asarray(jax.nn.log_softmax(logits / 1.5))
     there = (given.log_probs_BTM > -1e9) & (batch.segments_BT > 0)[..., None]
     wanted = np.take_along_axis(log_p, given.ids_BTM, -1)
-    if scores.rest.name == "SAMPLED":
+    if scores.rest == "sampled":
         counted = np.exp(given.log_probs_BTM) * 12
         if scores.power == 1.0:
             np.testing.assert_allclose(counted[there], np.rint(counted[there]), atol=1e-3)

@@ -16,7 +16,7 @@ KEEPING = """
     )
     of_trigram = change(alone, teacher="trigram@0", scores=TopK(6), objective=Objective())
     counted = Node("counted", 1, MODEL, WORDS, of_trigram)
-    kept = {{"best": TopK(6), "held": TopP(0.9, bucket=False), "drawn": RandomDraws(8)}}
+    kept = {{"best": TopK(6), "held": TopP(0.9, rest="left_out"), "drawn": RandomDraws(8)}}
     kept["states"] = HiddenStates("float32")
     nodes = [trigram, teacher, *fan_out(teacher, [keeps(*pair) for pair in kept.items()]), counted]
 """
@@ -107,6 +107,7 @@ def test_a_run_labels_what_is_left(folder, tmp_path):
         (("--node", "best"), "no node 'best'"),
         (("--set", "drawn.lesson.objective.divergence=epigone.lessons.divergences:jsd"), "forward_kl"),
         (("--set", "best.lesson.scores.k=0"), "at least 1"),
+        (("--set", "best.lesson.scores.rest=none"), "bucket, zero, left_out"),
     ],
 )
 def test_bad_input_is_one_line(tmp_path, capsys, arguments, message):

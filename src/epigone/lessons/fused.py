@@ -13,8 +13,8 @@ every row of logits, and sums over the vocabulary go over the devices. The head'
 once, at the end.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from functools import partial, reduce
 from typing import Any, NamedTuple
 
@@ -23,6 +23,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
+from epigone.lessons.ensemble import Several
 from epigone.lessons.sparse import Sparse
 
 LOGITS_BYTES = 450_000_000
@@ -74,11 +75,11 @@ class Mesh(NamedTuple):
 
 
 class Fused(NamedTuple):
-    """What is compiled for: the loss, the heads of student and teacher, the mesh, and tokens of a chunk."""
+    """What is compiled for: the loss, the heads of student and teachers, the mesh, and tokens of a chunk."""
 
     loss: Loss
     student: Head
-    teacher: Head
+    teachers: tuple[Head, ...]
     mesh: Mesh
     chunk: int | None
 
@@ -86,11 +87,11 @@ class Fused(NamedTuple):
 def fused_loss(
     loss: Loss,
     student: Hidden,
-    teacher: Hidden | Float[Array, "B T V"] | Sparse | None,
+    teacher: Hidden | Float[Array, "B T V"] | Sparse | Several | None,
     targets_BT: Int[Array, "B T"],
     weights_BT: Float[Array, "B T"],
     *,
-    heads: tuple[Head, Head | None] = (Head(), None),
+    heads: tuple[Head, *tuple[Head | None, ...]] = (Head(),),
     mesh: Mesh = Mesh(),
     chunk: int | None = None,
 ) -> tuple[Float[Array, ""], Float[Array, "B T"]]:
@@ -99,27 +100,35 @@ def fused_loss(
     Args:
         loss: of logits, per token.
         student: gets a gradient in all its parts.
-        teacher: hidden states and head, or logits [B, T, V] or a few scores a token that are at hand, or None; a
-            constant.
+        teacher: hidden states and head, or logits [B, T, V] or a few scores a token that are at hand, or several
+            teachers, or None; a constant.
         targets_BT: the next tokens, for losses that read them.
         weights_BT: of the tokens.
-        heads: the heads of both; a teacher without one has the student's.
+        heads: the student's head, then those of the teachers; a teacher without one has the student's.
         mesh: the axes of the mesh that is set.
         chunk: tokens whose logits are made at once, on each device; by default as LOGITS_BYTES allow.
 
     Returns: float32 numbers, in the units of the loss.
     """
-    if isinstance(teacher, Hidden):
-        teacher = _as_many_rows(teacher, student.weight_VD.shape[0])
-    elif teacher is not None and not isinstance(teacher, Sparse):
-        more = student.weight_VD.shape[0] - teacher.shape[-1]
-        teacher = jnp.pad(teacher, ((0, 0), (0, 0), (0, more)), constant_values=NEVER) if more else teacher
+    V = student.weight_VD.shape[0]
+    teacher = _with_members(teacher, [_as_many_rows(member, V) for member in _members(teacher)])
     arguments = (student, jax.lax.stop_gradient(teacher), targets_BT, weights_BT)
     if jax.sharding.get_abstract_mesh().empty:
         mesh = Mesh()
     else:
         arguments = jax.tree.map(jax.reshard, arguments, _specs(mesh, student, teacher))
-    return _fused(Fused(loss, heads[0], heads[1] or heads[0], mesh, chunk), *arguments)
+    theirs = tuple(head or heads[0] for head in heads[1:]) or (heads[0],)
+    return _fused(Fused(loss, heads[0], theirs, mesh, chunk), *arguments)
+
+
+def _members(teacher: Any) -> tuple[Any, ...]:
+    """Of several teachers each; else the one."""
+    return teacher.members if isinstance(teacher, Several) else (teacher,)
+
+
+def _with_members(teacher: Any, members: Sequence[Any]) -> Any:
+    """And back."""
+    return replace(teacher, members=tuple(members)) if isinstance(teacher, Several) else members[0]
 
 
 def map_logits(
@@ -186,22 +195,29 @@ def _specs(mesh: Mesh, student: Hidden, teacher: Any) -> tuple[Any, ...]:
     def hidden(given: Hidden) -> Hidden:
         return Hidden(rows, vocab, None if given.bias_V is None else vocab)
 
-    if isinstance(teacher, Hidden):
-        known: Any = hidden(teacher)
-    else:
-        spec = rows if isinstance(teacher, Sparse) else P(mesh.batch or None, None, mesh.vocab)
-        known = jax.tree.map(lambda _: spec, teacher)
-    return hidden(student), known, rows, rows
+    def known(given: Any) -> Any:
+        if isinstance(given, Hidden):
+            return hidden(given)
+        return jax.tree.map(
+            lambda _: rows if isinstance(given, Sparse) else P(mesh.batch or None, None, mesh.vocab), given
+        )
+
+    one = _with_members(teacher, [known(member) for member in _members(teacher)])
+    return hidden(student), replace(one, weights_BTM=rows) if isinstance(one, Several) else one, rows, rows
 
 
-def _as_many_rows(hidden: Hidden, rows: int) -> Hidden:
-    """Vocabularies that differ in their padding alone: rows of the head are added or taken away at its end."""
-    have = hidden.weight_VD.shape[0]
+def _as_many_rows(given: Any, rows: int) -> Any:
+    """Vocabularies that differ in padding alone: rows of the head, or logits, are added or taken away at the end."""
+    if given is None or isinstance(given, Sparse):
+        return given
+    have = given.weight_VD.shape[0] if isinstance(given, Hidden) else given.shape[-1]
     if have == rows:
-        return hidden
+        return given
     more = max(0, rows - have)
-    weight, bias = jnp.pad(hidden.weight_VD, ((0, more), (0, 0)))[:rows], hidden.bias_V
-    return hidden._replace(weight_VD=weight, bias_V=None if bias is None else jnp.pad(bias, (0, more))[:rows])
+    if not isinstance(given, Hidden):
+        return jnp.pad(given, ((0, 0), (0, 0), (0, more)), constant_values=NEVER)[..., :rows]
+    weight, bias = jnp.pad(given.weight_VD, ((0, more), (0, 0)))[:rows], given.bias_V
+    return given._replace(weight_VD=weight, bias_V=None if bias is None else jnp.pad(bias, (0, more))[:rows])
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -234,12 +250,10 @@ def _mapped(how: Fused, gradients: bool, student: Hidden, teacher: Any, targets:
 
 
 class _Heads(NamedTuple):
-    """The weights of both heads in the type of their hidden states; those of a teacher with logits are None."""
+    """Weights and bias of each head, weights in the type of the hidden states; None of a teacher with scores."""
 
-    student_VD: jax.Array
-    student_bias_V: jax.Array | None
-    teacher_VD: jax.Array | None
-    teacher_bias_V: jax.Array | None
+    student: tuple[jax.Array, jax.Array | None]
+    teachers: tuple[tuple[jax.Array, jax.Array | None] | None, ...]
 
 
 def _local(
@@ -248,13 +262,12 @@ def _local(
     """Sum, losses and gradients of the tokens that are on this device."""
     batch, vocab = how.mesh
     pieces, C, R = _sizes(targets_BT.size, student.weight_VD.shape[0], how.chunk)
-    known = teacher if isinstance(teacher, Hidden) else Hidden(teacher, *[None] * 2)  # type: ignore[arg-type]
     # A bias counts as one that differs between devices: else its gradient would be summed over them at every chunk.
     bias_V = None if student.bias_V is None else _varying(student.bias_V, batch)
-    types = (student.hidden_BTD.dtype, getattr(known.hidden_BTD, "dtype", None))
-    weights = [w if w is None else w.astype(t) for w, t in zip((student[1], known[1]), types, strict=True)]
-    heads = _Heads(weights[0], bias_V, weights[1], known.bias_V)
-    parts = jax.tree.map(partial(_cut, pieces, C), (student.hidden_BTD, known.hidden_BTD, targets_BT, weights_BT))
+    members = _members(teacher)
+    heads = _Heads(_weights(student._replace(bias_V=bias_V)), tuple(map(_weights, members)))  # type: ignore[arg-type]
+    states = _with_members(teacher, [x.hidden_BTD if isinstance(x, Hidden) else x for x in members])
+    parts = jax.tree.map(partial(_cut, pieces, C), (student.hidden_BTD, states, targets_BT, weights_BT))
     sums = None
     if gradients:
         shapes = (student.weight_VD, student.bias_V)
@@ -269,6 +282,11 @@ def _local(
         return total, loss_BT, None
     by_head = jax.tree.map(lambda g, x: g.astype(x.dtype), sums, (student.weight_VD, student.bias_V))
     return total, loss_BT, Hidden(_whole(hidden_PCD, targets_BT.shape), *by_head)
+
+
+def _weights(given: Any) -> tuple[jax.Array, jax.Array | None] | None:
+    """Of a head."""
+    return (given.weight_VD.astype(given.hidden_BTD.dtype), given.bias_V) if isinstance(given, Hidden) else None
 
 
 def _cut(pieces: int, C: int, x_BT: jax.Array) -> jax.Array:
@@ -287,18 +305,19 @@ def _whole(x_PC: jax.Array, shape: tuple[int, ...]) -> jax.Array:
 def _chunk(how: Fused, gradients: bool, heads: _Heads, R: int, carry: Any, part: Any) -> tuple[Any, Any]:
     """The loss of C tokens: adds to its sum and to the head's gradient; gives losses and the gradient by the states."""
     hidden_CD, known_C, *rest = part
-    raw_CV = _product(hidden_CD, heads.student_VD)
-    known_CV = known_C if heads.teacher_VD is None else _product(known_C, heads.teacher_VD)
+    raw_CV = _product(hidden_CD, heads.student[0])
+    pairs = zip(_members(known_C), heads.teachers, strict=True)
+    known_C = _with_members(known_C, [given if head is None else _product(given, head[0]) for given, head in pairs])
     if not gradients:
-        total, loss_C = _weighted(how, heads, raw_CV, heads.student_bias_V, known_CV, *rest)
+        total, loss_C = _weighted(how, heads, raw_CV, heads.student[1], known_C, *rest)
         return (carry[0] + total, None), (loss_C, None)
-    blocks = jax.tree.map(lambda x: x.reshape(-1, R, *x.shape[1:]), (known_CV, *rest))
+    blocks = jax.tree.map(lambda x: x.reshape(-1, R, *x.shape[1:]), (known_C, *rest))
     first = jnp.arange(0, len(hidden_CD), R)
     begin = (carry[0], carry[1][1], raw_CV)
     (total, by_bias_V, by_raw_CV), loss_PR = jax.lax.scan(partial(_rows, how, heads, R), begin, (first, *blocks))
     by_raw_CV = by_raw_CV.astype(hidden_CD.dtype)
     wide = partial(jnp.einsum, preferred_element_type=jnp.float32)
-    by_hidden_CD = wide("cv,vd->cd", by_raw_CV, heads.student_VD)
+    by_hidden_CD = wide("cv,vd->cd", by_raw_CV, heads.student[0])
     if how.mesh.vocab is not None:
         by_hidden_CD = jax.lax.psum(by_hidden_CD, how.mesh.vocab)
     by_weight_VD = _add_product(carry[1][0], by_raw_CV, hidden_CD)
@@ -334,26 +353,30 @@ def _rows(how: Fused, heads: _Heads, R: int, carry: Any, part: Any) -> tuple[Any
         return _weighted(how, heads, raw_RV, bias_V, *rest)
 
     raw_RV = jax.lax.dynamic_slice_in_dim(raw_CV, first, R)
-    more, pull, loss_R = jax.vjp(loss, raw_RV, heads.student_bias_V, has_aux=True)
+    more, pull, loss_R = jax.vjp(loss, raw_RV, heads.student[1], has_aux=True)
     by_raw_RV, more_V = pull(jnp.ones_like(more))
     raw_CV = jax.lax.dynamic_update_slice_in_dim(raw_CV, by_raw_RV, first, 0)
     return (total + more, jax.tree.map(jnp.add, by_bias_V, more_V), raw_CV), loss_R
 
 
 def _weighted(
-    how: Fused, heads: _Heads, raw_RV: jax.Array, bias_V: Any, known_RV: Any, targets_R: jax.Array, weights_R: jax.Array
+    how: Fused, heads: _Heads, raw_RV: jax.Array, bias_V: Any, known_R: Any, targets_R: jax.Array, weights_R: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     """The weighted sum of the losses of R tokens, and the losses."""
     vocab = how.mesh.vocab
     logits_RV = _logits(how.student, vocab, raw_RV, bias_V)
-    if known_RV is not None:
-        if not isinstance(known_RV, Sparse):
-            read = _masked if heads.teacher_VD is None else partial(_logits, bias_V=heads.teacher_bias_V)
-            known_RV = read(how.teacher, vocab, known_RV)
-        known_RV = jax.tree.map(lambda x: x[None], known_RV)
+    members = [_read(*each, vocab) for each in zip(_members(known_R), how.teachers, heads.teachers, strict=True)]
+    known_R = jax.tree.map(lambda x: x[None], _with_members(known_R, members))
     more = {} if vocab is None else {"vocab_axis": vocab}
-    loss_R = how.loss(logits_RV[None], known_RV, targets_R[None], **more)[0]
+    loss_R = how.loss(logits_RV[None], known_R, targets_R[None], **more)[0]
     return jnp.sum(loss_R * weights_R), loss_R
+
+
+def _read(given: Any, head: Head, weights: Any, vocab: str | None) -> Any:
+    """A teacher's logits, where it gives logits."""
+    if given is None or isinstance(given, Sparse):
+        return given
+    return _masked(head, vocab, given) if weights is None else _logits(head, vocab, given, weights[1])
 
 
 def _sizes(tokens: int, vocabulary: int, chunk: int | None) -> tuple[int, int, int]:

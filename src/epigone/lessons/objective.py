@@ -9,6 +9,7 @@ from jaxtyping import Array, Float, Int
 
 from epigone.errors import UserError
 from epigone.lessons.divergences import Divergence, cross_entropy, forward_kl
+from epigone.lessons.ensemble import Several, combined
 from epigone.lessons.sparse import Sparse, sparse_divergence
 from epigone.lessons.terms import on_cut_rows
 
@@ -42,14 +43,14 @@ class Objective:
     def loss(
         self,
         student_logits_BTV: Float[Array, "B T V"],
-        teacher: Float[Array, "B T V"] | Sparse | None,
+        teacher: Float[Array, "B T V"] | Sparse | Several | None,
         targets_BT: Int[Array, "B T"],
         vocab_axis: str | None = None,
     ) -> Float[Array, "B T"]:
         """Loss [B, T] in nats (times T^2 in its first part), float32, neither weighted nor averaged.
 
-        `teacher`: its logits, or what was kept of them. `vocab_axis`: inside shard_map, the mesh axis over which V is
-        cut.
+        `teacher`: its logits, what was kept of them, or the logits of several. `vocab_axis`: inside shard_map, the mesh
+        axis over which V is cut.
 
         Raises: UserError where a teacher is needed and there is none.
         """
@@ -60,6 +61,8 @@ class Objective:
                 f"objective: hard_weight={self.hard_weight} leaves {1 - self.hard_weight:g} to a teacher, and there is "
                 "none: name a teacher, or set hard_weight=1 to learn from the text alone"
             )
+        if isinstance(teacher, Several):
+            teacher = combined(teacher, targets_BT, self.temperature, vocab_axis)
         divergence: Callable[..., Any] = on_cut_rows(self.divergence, vocab_axis)
         if isinstance(teacher, Sparse):
             divergence = partial(sparse_divergence, self.divergence, vocab_axis=vocab_axis)

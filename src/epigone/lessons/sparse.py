@@ -1,11 +1,13 @@
 """Learning from what was kept of a teacher's scores: a few entries a token instead of the whole vocabulary.
 
-Three things may have become of the rest of the vocabulary, and the same ids mean another loss in each:
+Four things may have become of the rest of the vocabulary, and the same ids mean another loss in each:
 
-- DROPPED: teacher and student are both renormalised over the kept ids. The student is not told that what it gives to
-  the others is too much: with few ids it becomes overconfident (Anshumann et al. 2025).
 - BUCKET: one more outcome, "any other", holds the rest of the probability on both sides. Exact for what was kept, and
-  any divergence of the kept outcomes is at most that of the whole vocabulary.
+  any divergence of the outcomes is at most that of the whole vocabulary. How the rest is shared out is not taught.
+- ZERO: the teacher is renormalised over the kept ids, and gives the others nothing; the student is whole. It learns
+  to be surer than the teacher (Anshumann et al. 2025: "top-K").
+- LEFT_OUT: teacher and student are both renormalised over the kept ids. What the student gives to the others is not
+  taught at all: of use with many ids, or beside hard labels.
 - SAMPLED: the ids were drawn, and their weights w estimate the teacher's probabilities without bias. Forward KL alone:
   -sum_m w_m log S(id_m) - H(P), whose expected value and gradient are those of the whole (Anshumann et al. 2025,
   "Sparse Logit Sampling", ACL). For one token it may be negative.
@@ -14,7 +16,7 @@ Scores are kept at the temperature at which they are learned. M is the number of
 """
 
 from dataclasses import dataclass, field
-from enum import Enum
+from enum import StrEnum
 
 import jax
 import jax.numpy as jnp
@@ -24,12 +26,13 @@ from epigone.lessons.divergences import Divergence, Temperature
 from epigone.lessons.terms import FLOOR, floored, summed
 
 
-class Rest(Enum):
+class Rest(StrEnum):
     """What became of the entries that were not kept."""
 
-    DROPPED = "dropped"
-    BUCKET = "one bucket"
-    SAMPLED = "estimated by random draws"
+    BUCKET = "bucket"
+    ZERO = "zero"
+    LEFT_OUT = "left_out"
+    SAMPLED = "sampled"
 
 
 @jax.tree_util.register_dataclass
@@ -40,7 +43,7 @@ class Sparse:
     Attributes:
         ids_BTM: the kept tokens; anything where fewer than M were kept.
         log_probs_BTM: their log-probabilities, or log-weights where they were drawn; -1e9 where fewer were kept.
-        rest_BT: log-probability of all others (BUCKET), the teacher's entropy in nats (SAMPLED), unused (DROPPED).
+        rest_BT: log-probability of all others (BUCKET), the teacher's entropy in nats (SAMPLED), else unused.
         kind: what became of the others.
     """
 
@@ -74,11 +77,12 @@ def sparse_divergence(
         loss_BT = -jnp.sum(weighted_BTM, axis=-1) - teacher.rest_BT
     else:
         student, known = jnp.where(kept_BTM, chosen_BTM, FLOOR), teacher.log_probs_BTM
-        if teacher.kind is Rest.BUCKET:
+        if teacher.kind is not Rest.LEFT_OUT:
             others_BTV = jnp.put_along_axis(logits_BTV, places_BTM, FLOOR, axis=-1, inplace=False, mode="drop")
             others_BT = _log_sum_exp(others_BTV, vocab_axis)
             student = jnp.concatenate([student, others_BT[..., None]], axis=-1)
-            known = jnp.concatenate([known, teacher.rest_BT[..., None]], axis=-1)
+            rest_BT = teacher.rest_BT if teacher.kind is Rest.BUCKET else jnp.full_like(teacher.rest_BT, FLOOR)
+            known = jnp.concatenate([known, rest_BT[..., None]], axis=-1)
         loss_BT = divergence(student, known, temperature=1.0, temperature_squared=False)
     return loss_BT * temperature**2 if temperature_squared else loss_BT
 

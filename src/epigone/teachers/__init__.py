@@ -100,7 +100,7 @@ def check_compatible(
 
 def check_kept(objective: Objective, kept: Any) -> None:
     """Refuse an objective that cannot learn from what a lesson keeps of the scores. Raises UserError."""
-    drawn = getattr(kept, "rest", None) is Rest.SAMPLED
+    drawn = getattr(kept, "rest", None) == Rest.SAMPLED
     if drawn and objective.divergence is not forward_kl:
         raise UserError(
             f"random draws estimate forward_kl alone, and the objective's divergence is {objective.divergence}: "

@@ -61,7 +61,7 @@ class CachedTeacher:
         self.head, self._head_VD = head, head_VD
         states = isinstance(kept, HiddenStates)
         self.signal = Signal.HIDDEN_STATES if states else Signal.SPARSE_SCORES
-        self.scores: Any = fetched_states if states else FetchedScores(kept.rest)  # type: ignore[union-attr]
+        self.scores: Any = fetched_states if states else FetchedScores(Rest(kept.rest))  # type: ignore[union-attr]
 
     def place(self) -> Any:
         """The teacher's head where hidden states were kept, else nothing."""

@@ -37,18 +37,15 @@ class TopK:
 
     Attributes:
         k: how many.
-        bucket: what the others hold is one more outcome; else they are dropped, and both sides renormalised.
+        rest: what becomes of the others: bucket, zero or left_out, as `lessons.sparse` tells.
     """
 
     k: int = 128
-    bucket: bool = True
+    rest: str = Rest.BUCKET
 
     def __post_init__(self) -> None:
         _check(self, "k", self.k)
-
-    @property
-    def rest(self) -> Rest:
-        return Rest.BUCKET if self.bucket else Rest.DROPPED
+        _check_rest(self)
 
     def entries(self, vocab_size: int) -> int:
         """Entries of a token (M)."""
@@ -66,21 +63,18 @@ class TopP:
     Attributes:
         p: the probability that they hold.
         most: no more than this many tokens, even if they hold less.
-        bucket: what the others hold is one more outcome; else they are dropped, and both sides renormalised.
+        rest: what becomes of the others: bucket, zero or left_out, as `lessons.sparse` tells.
     """
 
     p: float = 0.95
     most: int = 128
-    bucket: bool = True
+    rest: str = Rest.BUCKET
 
     def __post_init__(self) -> None:
         _check(self, "most", self.most)
+        _check_rest(self)
         if not 0.0 < self.p <= 1.0:
             raise UserError(f"TopP: p={self.p} is a probability, above 0 and at most 1")
-
-    @property
-    def rest(self) -> Rest:
-        return Rest.BUCKET if self.bucket else Rest.DROPPED
 
     def entries(self, vocab_size: int) -> int:
         """Entries of a token (M) at most."""
@@ -165,3 +159,9 @@ def _best(logits_CV: jax.Array, M: int, p: float) -> Kept:
 def _check(config: Any, name: str, value: int) -> None:
     if value < 1:
         raise UserError(f"{type(config).__name__}: {name}={value} must be at least 1")
+
+
+def _check_rest(config: Any) -> None:
+    known = (Rest.BUCKET, Rest.ZERO, Rest.LEFT_OUT)
+    if config.rest not in known:
+        raise UserError(f"{type(config).__name__}: rest='{config.rest}' is none of {', '.join(known)}")

@@ -43,7 +43,7 @@ def encode(scores: Scores, vocab_size: int, kept: Kept) -> bytes:
     parts = [bytes([full]), b"" if full else pack(sizes_T, width_of(M + 1))]
     parts.append(pack(ids_TM[there_TM], width_of(vocab_size)))
     parts.append(pack(_level(log_probs_TM[_masks(M)[sizes_T]]), LEVEL_BITS))
-    if scores.rest is Rest.BUCKET:
+    if scores.rest == Rest.BUCKET:
         parts.append(pack(_level(rest_T2[:, 0]), LEVEL_BITS))
     return b"".join(parts)
 
@@ -66,7 +66,7 @@ def decode(scores: Scores, vocab_size: int, tokens: int, data: bytes) -> Arrays:
             rows = sizes_T == size
             log_probs_TM[rows, :size] = log_probs_TM[rows][:, _ranks(size)] @ _lines(size)
     rest_T = np.zeros(tokens, np.float32)
-    if scores.rest is Rest.BUCKET:
+    if scores.rest == Rest.BUCKET:
         rest_T = _value(reader.numbers(tokens, LEVEL_BITS))
     reader.finish()
     return ids_TM, log_probs_TM, rest_T
