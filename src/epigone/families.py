@@ -13,13 +13,15 @@ def repeat(node: Node, seeds: int) -> tuple[Node, ...]:
     return tuple(dataclasses.replace(node, seed=seed) for seed in range(seeds))
 
 
-def fan_out(teacher: Node, students: Iterable[Node]) -> tuple[Node, ...]:
-    """Every student learns from the scores of one teacher, one generation after it."""
+def fan_out(teacher: Node | Sequence[Node], students: Iterable[Node]) -> tuple[Node, ...]:
+    """Every student learns from the scores of one teacher, or of several at once, one generation after them."""
+    teachers = [teacher] if isinstance(teacher, Node) else list(teacher)
+    keys = teachers[0].key if isinstance(teacher, Node) else tuple(one.key for one in teachers)
     return tuple(
         dataclasses.replace(
             student,
-            generation=teacher.generation + 1,
-            lesson=dataclasses.replace(student.lesson, teacher=teacher.key),
+            generation=max(one.generation for one in teachers) + 1,
+            lesson=dataclasses.replace(student.lesson, teacher=keys),
         )
         for student in students
     )

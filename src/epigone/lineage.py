@@ -99,7 +99,9 @@ class Lesson:
     Attributes:
         text: sources of text, real or written by other nodes.
         weights: share of each source in the mixture; None joins the sources in proportion to their size.
-        teacher: key of the node whose scores are learned; None learns from the text alone.
+        teacher: key of the node whose scores are learned, or keys of several; None learns from the text alone.
+        ensemble: how several teachers become one, a config of `epigone.teachers.ensemble`; None: the mean of their
+            probabilities.
         scores: what is kept on disk of the teacher's scores, a config of `epigone.teachers.kept`, so that it is asked
             once; None: it scores every batch beside the student, and all its scores count.
         start_from: key of the node whose weights are the start; None starts fresh.
@@ -112,7 +114,8 @@ class Lesson:
 
     text: tuple[Text | Written, ...] = ()
     weights: tuple[float, ...] | None = None
-    teacher: str | None = None
+    teacher: str | tuple[str, ...] | None = None
+    ensemble: Any = None
     scores: Any = None
     start_from: str | None = None
     inherit: Any = None
@@ -120,6 +123,13 @@ class Lesson:
     objective: Any = None
     training: Any = None
     validation: Text | None = None
+
+    @property
+    def teachers(self) -> tuple[str, ...]:
+        """Keys of all teachers."""
+        if self.teacher is None:
+            return ()
+        return (self.teacher,) if isinstance(self.teacher, str) else tuple(self.teacher)
 
     def __post_init__(self) -> None:
         learns = self.text or self.teacher or self.start_from or self.objective or self.training or self.weights
@@ -166,7 +176,7 @@ class Node:
     def parents(self) -> tuple[tuple[str, str], ...]:
         """(key, role) of every node that this one needs; the role is teacher, start or text."""
         lesson = self.lesson
-        roles = [(lesson.teacher, "teacher"), (lesson.start_from, "start")]
+        roles = [*((key, "teacher") for key in lesson.teachers), (lesson.start_from or "", "start")]
         roles += [(source.by, "text") for source in lesson.text if isinstance(source, Written)]
         return tuple(dict.fromkeys((key, role) for key, role in roles if key))
 

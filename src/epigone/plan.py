@@ -70,8 +70,9 @@ def _plan_decoder(row: PlannedNode, node: Node, lineage: Lineage, materials: Mat
     per_token, memory = flops_per_token(config, length, training=True), 16 * parameter_count(config)
     logits = 4 * training.batch_size * length * config.vocab_size
     memory += 3 * logits
-    teacher = lineage[node.lesson.teacher] if node.lesson.teacher else None
-    if teacher is not None and not isinstance(teacher.model, NGram):
+    for teacher in (lineage[key] for key in node.lesson.teachers):
+        if isinstance(teacher.model, NGram):
+            continue
         teaching = sized(teacher, materials)
         per_token += flops_per_token(teaching, length, training=False)
         memory += 4 * parameter_count(teaching) + logits

@@ -80,7 +80,7 @@ class Store:
     def compared(self, node: Node) -> list[str]:
         """Keys of the nodes with whose scores a node's are compared: its teacher, and what the evaluation names."""
         named = self.lineage.evaluation.compare if self.lineage.evaluation else {}
-        wanted = dict.fromkeys([node.lesson.teacher, named.get(node.name)])
+        wanted = dict.fromkeys([*node.lesson.teachers, named.get(node.name)])
         return [key for key in wanted if key]
 
     def write_record(self, node: Node, record: dict[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""The teacher of a node: what fits it, how it is asked, and what was kept of its scores."""
+"""The teachers of a node: what fits it, how they are asked, and what was kept of their scores."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -15,50 +15,56 @@ from epigone.view import View
 
 
 def check_teacher(node: Node, materials: Materials) -> None:
-    """Refuse a teacher that is missing, not needed, or of another tokenizer, before anything is grown."""
+    """Refuse teachers that are missing, not needed, or of another tokenizer, before anything is grown."""
     from epigone.teachers import check_kept, check_needed
+    from epigone.teachers.ensemble import Ensemble
 
     lesson = node.lesson
-    check_needed(lesson.objective, lesson.teacher is not None)
-    if lesson.teacher is None:
-        if lesson.scores:
-            raise UserError(f"node '{node.key}' says which scores are kept and of nobody: name its teacher")
-        return
+    check_needed(lesson.objective, bool(lesson.teachers))
+    if lesson.scores and len(lesson.teachers) != 1:
+        whose = "of several teachers" if lesson.teachers else "of nobody"
+        raise UserError(f"node '{node.key}' says which scores are kept, and {whose}: name one teacher")
+    if lesson.ensemble or len(lesson.teachers) > 1:
+        (lesson.ensemble or Ensemble()).check(lesson.teachers, len(lesson.text))
     check_kept(lesson.objective, lesson.scores)
-    teacher = materials.store.lineage[lesson.teacher]
-    theirs, ours = (materials.tokenizer(config) for config in (teacher.tokenizer, node.tokenizer))
-    if theirs.identity != ours.identity:
-        raise UserError(
-            f"node '{node.key}' and its teacher '{teacher.key}' read different tokenizers, '{ours.name}' and "
-            f"'{theirs.name}': give both one tokenizer"
-        )
+    for key in lesson.teachers:
+        teacher = materials.store.lineage[key]
+        theirs, ours = (materials.tokenizer(config) for config in (teacher.tokenizer, node.tokenizer))
+        if theirs.identity != ours.identity:
+            raise UserError(
+                f"node '{node.key}' and its teacher '{teacher.key}' read different tokenizers, '{ours.name}' and "
+                f"'{theirs.name}': give both one tokenizer"
+            )
 
 
 def teacher_of(
     node: Node, materials: Materials, rows: Sequence[Rows], hardware: Hardware, view: View
 ) -> tuple[Any, dict[str, Any]]:
-    """The node whose scores are learned, checked against the student, and what the record tells of asking it.
+    """Whose scores are learned, checked against the student, and what the record tells of asking it.
 
     Where a lesson keeps scores, those of the rows are on disk afterwards.
     """
     from epigone.teachers import check_compatible
 
     lesson = node.lesson
-    if lesson.teacher is None:
+    if not lesson.teachers:
         return None, {}
     asked: dict[str, Any] = {}
-    if lesson.scores is None:
-        teacher = _in_memory(node, materials)
-    else:
+    if lesson.scores is not None:
         teacher, asked = ask(node, materials, rows, hardware, view)
+    elif lesson.ensemble or len(lesson.teachers) > 1:
+        teacher = _ensemble(node, materials, rows)
+    else:
+        teacher = _in_memory(lesson.teachers[0], materials)
     own = materials.tokenizer(node.tokenizer)
-    check_compatible(
-        lesson.objective,
-        teacher,
-        vocab_size=fill(node.model, own).vocab_size,
-        tokenizer_identity=own.identity,
-        tokenizer_name=own.name,
-    )
+    for one in getattr(teacher, "members", [teacher]):
+        check_compatible(
+            lesson.objective,
+            one,
+            vocab_size=fill(node.model, own).vocab_size,
+            tokenizer_identity=own.identity,
+            tokenizer_name=own.name,
+        )
     return teacher, asked
 
 
@@ -69,31 +75,37 @@ def ask(
     from epigone.training.labelling import label
 
     lesson, cached = node.lesson, _cached(node, materials)
-    batches = sum(-(-len(source) // lesson.training.batch_size) for source in rows)
-    view.stage("label", batches)
-    done = label(
-        cached, lambda: _in_memory(node, materials), rows, lesson.training.batch_size, hardware, on_step=view.step
-    )
+    batch_size, key = lesson.training.batch_size, lesson.teachers[0]
+    view.stage("label", sum(-(-len(source) // batch_size) for source in rows))
+    done = label(cached, lambda: _in_memory(key, materials), rows, batch_size, hardware, on_step=view.step)
     wait(f"{node.key} is labelled")
     cached.files.refresh()
     tokens = sum(source.targets for source in rows)
     told = {"tokens": tokens, "asked": done.tokens, "bytes": cached.files.size, "seconds": done.seconds}
-    asked = {"scores": told}
+    asked: dict[str, Any] = {"scores": told}
     if done.tokens:
-        asked["flops"] = done.tokens * _in_memory(node, materials).flops_per_token(lesson.training.sequence_length)
+        asked["flops"] = done.tokens * _in_memory(key, materials).flops_per_token(lesson.training.sequence_length)
     return cached, asked
 
 
-def _in_memory(node: Node, materials: Materials) -> Any:
-    """The teacher beside the student."""
+def _in_memory(key: str, materials: Materials) -> Any:
+    """A teacher beside the student."""
     from epigone.teachers import in_memory
 
-    parent = materials.store.lineage[node.lesson.teacher or ""]
+    parent = materials.store.lineage[key]
     model: Any = materials.model(parent)
     tokenizer = materials.tokenizer(parent.tokenizer)
     if isinstance(parent.model, NGram):
         return in_memory.NGramTeacher(model, tokenizer.identity, tokenizer.name)
     return in_memory.DecoderTeacher(model.config, model.params, tokenizer.identity, tokenizer.name)
+
+
+def _ensemble(node: Node, materials: Materials, rows: Sequence[Rows]) -> Any:
+    from epigone.teachers.ensemble import Ensemble, EnsembleTeacher, routes_of
+
+    keys, how = node.lesson.teachers, node.lesson.ensemble or Ensemble()
+    routes = None if how.route is None else routes_of(rows, [keys.index(key) for key in how.route])
+    return EnsembleTeacher([_in_memory(key, materials) for key in keys], how, routes)
 
 
 def _cached(node: Node, materials: Materials) -> Any:
@@ -102,7 +114,7 @@ def _cached(node: Node, materials: Materials) -> Any:
     from epigone.teachers.kept import HiddenStates
 
     lesson, store = node.lesson, materials.store
-    parent = store.lineage[lesson.teacher or ""]
+    parent = store.lineage[lesson.teachers[0]]
     tokenizer = materials.tokenizer(parent.tokenizer)
     states, temperature = isinstance(lesson.scores, HiddenStates), lesson.objective.temperature
     temperature = 1.0 if states else temperature
@@ -114,5 +126,5 @@ def _cached(node: Node, materials: Materials) -> Any:
         temperature=temperature,
         tokenizer_identity=tokenizer.identity,
         tokenizer_name=tokenizer.name,
-        **(_in_memory(node, materials).head_alone() if states else {}),
+        **(_in_memory(parent.key, materials).head_alone() if states else {}),
     )

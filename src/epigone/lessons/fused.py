@@ -91,7 +91,7 @@ def fused_loss(
     targets_BT: Int[Array, "B T"],
     weights_BT: Float[Array, "B T"],
     *,
-    heads: tuple[Head, *tuple[Head | None, ...]] = (Head(),),
+    heads: tuple[Head | None, ...] = (Head(),),
     mesh: Mesh = Mesh(),
     chunk: int | None = None,
 ) -> tuple[Float[Array, ""], Float[Array, "B T"]]:
@@ -117,8 +117,8 @@ def fused_loss(
         mesh = Mesh()
     else:
         arguments = jax.tree.map(jax.reshard, arguments, _specs(mesh, student, teacher))
-    theirs = tuple(head or heads[0] for head in heads[1:]) or (heads[0],)
-    return _fused(Fused(loss, heads[0], theirs, mesh, chunk), *arguments)
+    own, *theirs = (head or heads[0] or Head() for head in heads)
+    return _fused(Fused(loss, own, tuple(theirs) or (own,), mesh, chunk), *arguments)
 
 
 def _members(teacher: Any) -> tuple[Any, ...]:

@@ -9,6 +9,7 @@ import jax
 from epigone.data.pipeline import Batch
 from epigone.errors import UserError
 from epigone.lessons.divergences import forward_kl
+from epigone.lessons.ensemble import Several
 from epigone.lessons.fused import Head, Hidden
 from epigone.lessons.objective import Objective
 from epigone.lessons.sparse import Rest, Sparse
@@ -34,15 +35,15 @@ class Teacher(Protocol):
         scores: `(params, batch, fetched)` -> logits [B, T, V], `Hidden` states with a head, or `Sparse`; traced. A
             function or a frozen dataclass, equal for teachers of one shape, and without arrays in it: steps are
             compiled once for all that are equal.
-        head: how hidden states become logits; None where there are none.
+        head: how hidden states become logits, or that of each of several teachers; None where there are none.
     """
 
     vocab_size: int | None
     tokenizer_identity: str
     tokenizer_name: str
     signal: Signal
-    scores: Callable[[Any, Any, Any], jax.Array | Hidden | Sparse]
-    head: Head | None
+    scores: Callable[[Any, Any, Any], jax.Array | Hidden | Sparse | Several]
+    head: Head | tuple[Head | None, ...] | None
 
     def place(self) -> Any:
         """Parameters on the mesh that is set, an argument of the compiled step; {} where there are none."""

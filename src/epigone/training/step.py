@@ -48,7 +48,8 @@ def programs(
     scores, student = teacher.scores if teacher else None, DecoderStates(model)
     key = (fingerprint((model, training, objective, scores)), mesh)
     if key not in _programs:
-        heads = (student.head, teacher.head if teacher else None)
+        theirs = teacher.head if teacher else None
+        heads = (student.head, *(theirs if isinstance(theirs, tuple) else (theirs,)))
         cut = Mesh(BATCH_AXES, "tensor" if mesh.shape["tensor"] > 1 else None)
         fused = partial(fused_loss, objective.loss, heads=heads, mesh=cut)
         begin = jax.jit(partial(_begin, training))

@@ -57,7 +57,7 @@ def _objective(lesson: Lesson) -> str:
     temperature = f"temperature {objective.temperature:g}"
     if objective.temperature != 1 and objective.temperature_squared:
         temperature += ", times temperature squared"
-    divergence = f"{_called(objective.divergence)} to {lesson.teacher} at {temperature}"
+    divergence = f"{_called(objective.divergence)} to {' and '.join(lesson.teachers)} at {temperature}"
     share = objective.hard_weight
     return f"{1 - share:g} x ({divergence}) + {share:g} x {text}" if share else divergence
 

@@ -56,4 +56,4 @@ def _label(lineage: Lineage, store: Store, nodes: list[Node], options: Any) -> N
 def _is_ready(store: Store, node: Node) -> bool:
     """Whether its teacher is done, and whoever wrote its texts."""
     writers = [source.by for source in node.lesson.text if isinstance(source, Written)]
-    return all(store.record(store.lineage[key]) for key in [node.lesson.teacher, *writers] if key)
+    return all(store.record(store.lineage[key]) for key in [*node.lesson.teachers, *writers])

@@ -160,8 +160,9 @@ def _sentence(node: Node, record: Record) -> str:
              for card in record["data"]]  # fmt: skip
     read = ", ".join(dict.fromkeys(map(file_name, names))) or "no text"
     start = f" It started from the weights of {node.lesson.start_from}." if node.lesson.start_from else ""
-    if node.lesson.teacher:
-        return f"{size} that learned to predict as {node.lesson.teacher} does, on {read}.{start}"
+    if teachers := node.lesson.teachers:
+        does = "does" if len(teachers) == 1 else "do together"
+        return f"{size} that learned to predict as {' and '.join(teachers)} {does}, on {read}.{start}"
     return f"{size} that learned from {read}.{start}"
 
 
