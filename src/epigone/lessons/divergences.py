@@ -228,6 +228,8 @@ def _in_head(p_BTV: jax.Array, mass: float, vocab_axis: str | None) -> jax.Array
     By bisection of a threshold: the bits of positive floats are in the order of their values, and no sort is needed,
     so that V may be cut.
     """
+    # Made once: where a compiler makes it again for each use, the largest may differ from itself in its last bit.
+    p_BTV = jax.lax.optimization_barrier(p_BTV)
     width = jnp.finfo(p_BTV.dtype).bits
     bits = jnp.int32 if width == 32 else jnp.int64
     bits_BTV = jax.lax.bitcast_convert_type(p_BTV, bits)
