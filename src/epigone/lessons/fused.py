@@ -35,7 +35,7 @@ SUM_BYTES = 2**25
 NEVER = -1e9
 """The logit of what is never predicted."""
 
-Loss = Callable[..., jax.Array]
+Loss = Callable[..., Any]
 """`(student_logits_BTV, teacher_logits_BTV or None, targets_BT, vocab_axis=...)` -> [B, T], as `Objective.loss`."""
 
 
@@ -106,18 +106,40 @@ def fused_loss(
 
     Returns: float32 numbers, in the units of the loss.
     """
+    mesh, arguments = _placed(mesh, student, teacher, targets_BT, weights_BT)
+    return _fused(Fused(loss, heads[0], heads[1] or heads[0], mesh, chunk), *arguments)
+
+
+def per_token(
+    measure: Loss,
+    student: Hidden,
+    teacher: Hidden | Float[Array, "B T V"] | None,
+    targets_BT: Int[Array, "B T"],
+    *,
+    heads: tuple[Head, Head | None] = (Head(), None),
+    mesh: Mesh = Mesh(),
+    chunk: int | None = None,
+) -> Any:
+    """What `measure` says of each token: any tree of [B, T] that it makes of logits, and no gradient.
+
+    Args: those of `fused_loss`. `measure` is called as a loss is, with the logits of some tokens at a time.
+    """
+    mesh, arguments = _placed(mesh, student, teacher, targets_BT, jnp.zeros(targets_BT.shape))
+    return _forward(Fused(measure, heads[0], heads[1] or heads[0], mesh, chunk), *arguments[:3])
+
+
+def _placed(mesh: Mesh, student: Hidden, teacher: Any, targets: jax.Array, weights: jax.Array) -> tuple[Mesh, Any]:
+    """The arguments over one vocabulary and where the mesh, if one is set, wants them; a teacher is a constant."""
     if isinstance(teacher, Hidden):
         teacher = _as_many_rows(jax.lax.stop_gradient(teacher), student.weight_VD.shape[0])
     elif teacher is not None:
         more = student.weight_VD.shape[0] - teacher.shape[-1]
         teacher = jax.lax.stop_gradient(teacher)
         teacher = jnp.pad(teacher, ((0, 0), (0, 0), (0, more)), constant_values=NEVER) if more else teacher
-    arguments = (student, teacher, targets_BT, weights_BT)
+    arguments = (student, teacher, targets, weights)
     if jax.sharding.get_abstract_mesh().empty:
-        mesh = Mesh()
-    else:
-        arguments = jax.tree.map(jax.reshard, arguments, _specs(mesh, student, teacher))
-    return _fused(Fused(loss, heads[0], heads[1] or heads[0], mesh, chunk), *arguments)
+        return Mesh(), arguments
+    return mesh, jax.tree.map(jax.reshard, arguments, _specs(mesh, student, teacher))
 
 
 def _specs(mesh: Mesh, student: Hidden, teacher: Any) -> tuple[Any, ...]:
@@ -144,11 +166,13 @@ def _as_many_rows(hidden: Hidden, rows: int) -> Hidden:
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _fused(how: Fused, student: Hidden, teacher: Any, targets_BT: jax.Array, weights_BT: jax.Array) -> Any:
-    return _mapped(how, False, student, teacher, targets_BT, weights_BT)[:2]
+    loss_BT = _forward(how, student, teacher, targets_BT)
+    return jnp.sum(loss_BT * weights_BT), loss_BT
 
 
 def _fused_fwd(how: Fused, student: Hidden, teacher: Any, targets_BT: jax.Array, weights_BT: jax.Array) -> Any:
-    total, loss_BT, gradients = _mapped(how, True, student, teacher, targets_BT, weights_BT)
+    out = (P(), P(how.mesh.batch or None), _specs(how.mesh, student, teacher)[0])
+    total, loss_BT, gradients = _mapped(how, partial(_local, how), out, student, teacher, targets_BT, weights_BT)
     return (total, loss_BT), (gradients, loss_BT)
 
 
@@ -161,14 +185,17 @@ def _fused_bwd(how: Fused, kept: Any, cotangents: tuple[jax.Array, jax.Array]) -
 _fused.defvjp(_fused_fwd, _fused_bwd)
 
 
-def _mapped(how: Fused, gradients: bool, student: Hidden, teacher: Any, targets: jax.Array, weights: jax.Array) -> Any:
-    """Sum, losses and gradients: `_local` on every device of the mesh."""
-    local = partial(_local, how, gradients)
+def _forward(how: Fused, student: Hidden, teacher: Any, targets_BT: jax.Array) -> Any:
+    """What the loss says of each token, [B, T], without gradients."""
+    return _mapped(how, partial(_local_values, how), P(how.mesh.batch or None), student, teacher, targets_BT)
+
+
+def _mapped(how: Fused, local: Callable[..., Any], out: Any, student: Hidden, teacher: Any, *rows: jax.Array) -> Any:
+    """`local` on every device of the mesh, with its own part of all arguments."""
     if how.mesh == Mesh():
-        return local(student, teacher, targets, weights)
-    specs = _specs(how.mesh, student, teacher)
-    out = (P(), specs[2], specs[0] if gradients else None)
-    return jax.shard_map(local, in_specs=specs, out_specs=out)(student, teacher, targets, weights)
+        return local(student, teacher, *rows)
+    specs = _specs(how.mesh, student, teacher)[: 2 + len(rows)]
+    return jax.shard_map(local, in_specs=specs, out_specs=out)(student, teacher, *rows)
 
 
 class _Heads(NamedTuple):
@@ -180,33 +207,45 @@ class _Heads(NamedTuple):
     teacher_bias_V: jax.Array | None
 
 
-def _local(
-    how: Fused, gradients: bool, student: Hidden, teacher: Any, targets_BT: jax.Array, weights_BT: jax.Array
-) -> tuple[jax.Array, jax.Array, Hidden | None]:
-    """Sum, losses and gradients of the tokens that are on this device."""
-    batch, vocab = how.mesh
-    pieces, C, R = _sizes(targets_BT.size, student.weight_VD.shape[0], how.chunk)
+def _pieces(how: Fused, student: Hidden, teacher: Any, *rows: jax.Array) -> tuple[_Heads, int, Any]:
+    """Both heads, the rows whose losses are taken at once, and all that is given for a token as [pieces, C, ...]."""
+    pieces, C, R = _sizes(rows[0].size, student.weight_VD.shape[0], how.chunk)
     known = teacher if isinstance(teacher, Hidden) else Hidden(teacher, *[None] * 2)  # type: ignore[arg-type]
     # A bias counts as one that differs between devices: else its gradient would be summed over them at every chunk.
-    bias_V = None if student.bias_V is None else _varying(student.bias_V, batch)
+    bias_V = None if student.bias_V is None else _varying(student.bias_V, how.mesh.batch)
     types = (student.hidden_BTD.dtype, getattr(known.hidden_BTD, "dtype", None))
     weights = [w if w is None else w.astype(t) for w, t in zip((student[1], known[1]), types, strict=True)]
     heads = _Heads(weights[0], bias_V, weights[1], known.bias_V)
-    parts = jax.tree.map(partial(_cut, pieces, C), (student.hidden_BTD, known.hidden_BTD, targets_BT, weights_BT))
-    sums = None
-    if gradients:
-        shapes = (student.weight_VD, student.bias_V)
-        everywhere = (*batch, vocab) if vocab else batch
-        sums = jax.tree.map(lambda x: _varying(jnp.zeros(x.shape, jnp.float32), everywhere), shapes)
+    return heads, R, jax.tree.map(partial(_cut, pieces, C), (student.hidden_BTD, known.hidden_BTD, *rows))
+
+
+def _local_values(how: Fused, student: Hidden, teacher: Any, targets_BT: jax.Array) -> Any:
+    """What the loss says of the tokens that are on this device."""
+    heads, R, parts = _pieces(how, student, teacher, targets_BT)
+
+    def chunk(_: None, part: Any) -> tuple[None, Any]:
+        blocks = jax.tree.map(lambda x: x.reshape(-1, R, *x.shape[1:]), (*_both_logits(heads, *part[:2]), part[2]))
+        return None, jax.lax.map(lambda block: _values(how, heads, block[0], heads.student_bias_V, *block[1:]), blocks)
+
+    values = jax.lax.scan(chunk, None, parts)[1]
+    return jax.tree.map(lambda x: _whole(x.reshape(-1, x.shape[-1]), targets_BT.shape), values)
+
+
+def _local(
+    how: Fused, student: Hidden, teacher: Any, targets_BT: jax.Array, weights_BT: jax.Array
+) -> tuple[jax.Array, jax.Array, Hidden]:
+    """Sum, losses and gradients of the tokens that are on this device."""
+    batch, vocab = how.mesh
+    heads, R, parts = _pieces(how, student, teacher, targets_BT, weights_BT)
+    shapes = (student.weight_VD, student.bias_V)
+    everywhere = (*batch, vocab) if vocab else batch
+    sums = jax.tree.map(lambda x: _varying(jnp.zeros(x.shape, jnp.float32), everywhere), shapes)
     begin = (_varying(jnp.zeros(()), batch), sums)
-    (total, sums), (loss_PC, hidden_PCD) = jax.lax.scan(partial(_chunk, how, gradients, heads, R), begin, parts)
+    (total, sums), (loss_PC, hidden_PCD) = jax.lax.scan(partial(_chunk, how, heads, R), begin, parts)
     if batch:
         total, sums = jax.lax.psum((total, sums), batch)
-    loss_BT = _whole(loss_PC, targets_BT.shape)
-    if not gradients:
-        return total, loss_BT, None
-    by_head = jax.tree.map(lambda g, x: g.astype(x.dtype), sums, (student.weight_VD, student.bias_V))
-    return total, loss_BT, Hidden(_whole(hidden_PCD, targets_BT.shape), *by_head)
+    by_head = jax.tree.map(lambda g, x: g.astype(x.dtype), sums, shapes)
+    return total, _whole(loss_PC, targets_BT.shape), Hidden(_whole(hidden_PCD, targets_BT.shape), *by_head)
 
 
 def _cut(pieces: int, C: int, x_BT: jax.Array) -> jax.Array:
@@ -222,14 +261,16 @@ def _whole(x_PC: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     return flat[: shape[0] * shape[1]].reshape(*shape, *flat.shape[1:])
 
 
-def _chunk(how: Fused, gradients: bool, heads: _Heads, R: int, carry: Any, part: Any) -> tuple[Any, Any]:
+def _both_logits(heads: _Heads, hidden_CD: jax.Array, known_C: Any) -> tuple[jax.Array, Any]:
+    """Products [C, V] of states and heads; a teacher's logits as they are."""
+    known_CV = known_C if heads.teacher_VD is None else _product(known_C, heads.teacher_VD)
+    return _product(hidden_CD, heads.student_VD), known_CV
+
+
+def _chunk(how: Fused, heads: _Heads, R: int, carry: Any, part: Any) -> tuple[Any, Any]:
     """The loss of C tokens: adds to its sum and to the head's gradient; gives losses and the gradient by the states."""
     hidden_CD, known_C, *rest = part
-    raw_CV = _product(hidden_CD, heads.student_VD)
-    known_CV = known_C if heads.teacher_VD is None else _product(known_C, heads.teacher_VD)
-    if not gradients:
-        total, loss_C = _weighted(how, heads, raw_CV, heads.student_bias_V, known_CV, *rest)
-        return (carry[0] + total, None), (loss_C, None)
+    raw_CV, known_CV = _both_logits(heads, hidden_CD, known_C)
     blocks = jax.tree.map(lambda x: x.reshape(-1, R, *x.shape[1:]), (known_CV, *rest))
     first = jnp.arange(0, len(hidden_CD), R)
     begin = (carry[0], carry[1][1], raw_CV)
@@ -282,14 +323,19 @@ def _weighted(
     how: Fused, heads: _Heads, raw_RV: jax.Array, bias_V: Any, known_RV: Any, targets_R: jax.Array, weights_R: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     """The weighted sum of the losses of R tokens, and the losses."""
+    loss_R = _values(how, heads, raw_RV, bias_V, known_RV, targets_R)
+    return jnp.sum(loss_R * weights_R), loss_R
+
+
+def _values(how: Fused, heads: _Heads, raw_RV: jax.Array, bias_V: Any, known_RV: Any, targets_R: jax.Array) -> Any:
+    """What the loss says of R tokens."""
     vocab = how.mesh.vocab
     logits_RV = _logits(how.student, vocab, raw_RV, bias_V)
     if known_RV is not None:
         read = _masked if heads.teacher_VD is None else partial(_logits, bias_V=heads.teacher_bias_V)
         known_RV = read(how.teacher, vocab, known_RV)[None]
     more = {} if vocab is None else {"vocab_axis": vocab}
-    loss_R = how.loss(logits_RV[None], known_RV, targets_R[None], **more)[0]
-    return jnp.sum(loss_R * weights_R), loss_R
+    return jax.tree.map(lambda x: x[0], how.loss(logits_RV[None], known_RV, targets_R[None], **more))
 
 
 def _sizes(tokens: int, vocabulary: int, chunk: int | None) -> tuple[int, int, int]:
