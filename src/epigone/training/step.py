@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import optax
 
 from epigone.identity import fingerprint
+from epigone.lessons.comparison import Sums, as_pairs, compare
 from epigone.lessons.fused import Mesh, fused_loss
 from epigone.lessons.objective import Objective
 from epigone.models.config import DecoderConfig
@@ -35,10 +36,13 @@ class Programs:
     Attributes:
         begin: parameters -> the state before the first step, with copies of the parameters.
         step: (state, teacher's parameters, batch, fetched) -> (state, metrics); the old state is donated.
+        compare: (student's parameters, teacher's parameters, batch, fetched) -> pairs of `epigone.lessons.comparison`,
+            of the whole batch. A program of its own, so that whether it runs changes no bit of a step.
     """
 
     begin: Callable[[Any], State]
     step: Callable[[State, Any, Batch, Any], tuple[State, dict[str, tuple[jax.Array, jax.Array]]]]
+    compare: Callable[[Any, Any, Batch, Any], Sums]
 
 
 def programs(
@@ -53,7 +57,8 @@ def programs(
         fused = partial(fused_loss, objective.loss, heads=heads, mesh=cut)
         begin = jax.jit(partial(_begin, training))
         step = jax.jit(partial(_step, training, student, scores, fused), donate_argnums=0)
-        _programs[key] = Programs(begin, step)
+        beside = jax.jit(partial(_compare, student, scores, partial(compare, heads=heads, mesh=cut)))
+        _programs[key] = Programs(begin, step, beside)
     return _programs[key]
 
 
@@ -99,6 +104,32 @@ def _step(
         "learning_rate": (learning_rate(training.optimizer, training.steps)(state["step"]), one),
     }
     return new, metrics
+
+
+def _compare(
+    student: DecoderStates,
+    scores: Callable[..., Any] | None,
+    compare: Callable[..., Sums],
+    params: Any,
+    teacher_params: Any,
+    batch: Batch,
+    fetched: Any,
+) -> Sums:
+    """The student beside its teacher and the text, on a batch [microbatches, B, T], one micro-batch at a time."""
+
+    def sums(part: tuple[Batch, Any]) -> Sums:
+        batch, fetched = part
+        given = scores(teacher_params, batch, fetched) if scores else None
+        return compare(student(params, batch), given, batch.targets_BT, batch.weights_BT)
+
+    def add(so_far: Sums, part: tuple[Batch, Any]) -> tuple[Sums, None]:
+        return jax.tree.map(jnp.add, so_far, sums(part)), None
+
+    first = jax.tree.map(lambda x: x[0], (batch, fetched))
+    if batch.weights_BT.shape[0] == 1:
+        return as_pairs(sums(first))
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(sums, first))
+    return as_pairs(jax.lax.scan(add, zeros, (batch, fetched))[0])
 
 
 def _accumulated(value_and_grad: Callable[..., Any], params: Any, parts: Any) -> tuple[jax.Array, Any]:
