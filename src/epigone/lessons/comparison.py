@@ -129,8 +129,10 @@ def _alone(
 
 def _best(logits_BTV: jax.Array, vocab_axis: str | None) -> Best:
     """The five most probable tokens. Of a vocabulary that is cut: the best of the best of its parts."""
-    # The barrier keeps what is cut from the list out of it: else XLA may sort whole rows, at ten times the cost.
-    values, ids = jax.lax.optimization_barrier(jax.lax.top_k(logits_BTV, min(BEST, logits_BTV.shape[-1])))
+    best = jax.lax.top_k(logits_BTV, min(BEST, logits_BTV.shape[-1]))
+    # If the compiler sees that the first of a list is cut out of it, it sorts whole rows, at ten times the cost. (One
+    # barrier for both arrays would end XLA's compiler for a CPU: it wants a top-k's results one by one.)
+    values, ids = (jax.lax.optimization_barrier(x) for x in best)
     if vocab_axis is None:
         return values, ids
     ids += jax.lax.axis_index(vocab_axis) * logits_BTV.shape[-1]
