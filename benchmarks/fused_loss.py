@@ -31,7 +31,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from epigone.lessons.divergences import forward_kl
-from epigone.lessons.fused import Hidden, fused_loss
+from epigone.lessons.fused import fused_loss
+from epigone.lessons.heads import Hidden
 from epigone.lessons.objective import Objective
 
 PAUSE = 0.3

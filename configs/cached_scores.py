@@ -7,8 +7,8 @@ Why      Anshumann et al. 2025, "Sparse Logit Sampling", table 1: the best 12 al
 Command  epigone run configs/cached_scores.py
          (on several hosts that see one file system, before: epigone label configs/cached_scores.py)
 Cost     About six minutes and 2 GiB on two CPU cores.
-Expect   Held-out loss: drawn = full < bucket < control, and the best alone behind drawn; calibration error: the best
-         alone far behind all others.
+Expect   Held-out nats a token: full 4.18, drawn 4.25, control 4.47, bucket 4.82, best 5.53. Calibration error: best 0.11,
+         all others 0.02.
 """
 
 from dataclasses import replace as change
@@ -32,13 +32,14 @@ LARGE = DecoderConfig(layers=2, model_size=128, heads=4, max_length=128)
 SMALL = DecoderConfig(layers=2, model_size=96, heads=4, max_length=128)
 
 
-def lineage(seeds: int = 3, entries: int = 12, draws: int = 16, scale: float = 1.0) -> Lineage:
+def lineage(seeds: int = 3, entries: int = 12, draws: int = 16, tokens: int = 160_000, scale: float = 1.0) -> Lineage:
     """A teacher, and students that learn from more or less of its scores.
 
     Args:
         seeds: repetitions of every student, each with a part of the text of its own, at most 5.
         entries: of the best scores of a token that are kept.
         draws: random draws a token; of 16 about 12 are different tokens here.
+        tokens: of the text that each student reads.
         scale: factor on the training steps; less is faster and worse.
     """
 
@@ -56,7 +57,7 @@ def lineage(seeds: int = 3, entries: int = 12, draws: int = 16, scale: float = 1
     }
     nodes = [teacher]
     for seed in range(seeds):
-        text = (Text(BIBLE, skip=160_000 * seed, tokens=160_000),)
+        text = (Text(BIBLE, skip=tokens * seed, tokens=tokens),)
         lesson = Lesson(text, objective=Objective(forward_kl), training=training(300, 4, 3e-3))
         students = [
             Node(name, 1, SMALL, WORDS, change(lesson, scores=scores), seed=seed, labels={"scores": name})

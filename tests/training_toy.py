@@ -63,6 +63,14 @@ def losses(trained):
     return [point["loss"] for point in trained.curve]
 
 
+TIMES = {"seconds", "tokens_per_second", "flops_per_second", "mfu"}
+
+
+def measures(trained):
+    """The curve without what a clock says."""
+    return [{name: value for name, value in point.items() if name not in TIMES} for point in trained.curve]
+
+
 def weights(trained):
     """Parameters by path, as NumPy arrays."""
     leaves = jax.tree_util.tree_flatten_with_path(trained.params)[0]

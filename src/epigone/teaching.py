@@ -81,7 +81,7 @@ def ask(
     wait(f"{node.key} is labelled")
     cached.files.refresh()
     tokens = sum(source.targets for source in rows)
-    told = {"tokens": tokens, "asked": done.tokens, "bytes": cached.files.size, "seconds": done.seconds}
+    told = {"tokens": tokens, "asked": done.tokens, "bytes": done.size, "seconds": done.seconds}
     asked: dict[str, Any] = {"scores": told}
     if done.tokens:
         asked["flops"] = done.tokens * _in_memory(key, materials).flops_per_token(lesson.training.sequence_length)

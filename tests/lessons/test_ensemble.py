@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from scipy.special import log_softmax, softmax
 
+from epigone.lessons.chunks import Mesh
 from epigone.lessons.divergences import forward_kl, jsd
 from epigone.lessons.ensemble import (
     Several,
@@ -17,7 +18,8 @@ from epigone.lessons.ensemble import (
     mean_of_logits,
     mean_of_probabilities,
 )
-from epigone.lessons.fused import Head, Hidden, Mesh, fused_loss
+from epigone.lessons.fused import fused_loss
+from epigone.lessons.heads import Head, Hidden
 from epigone.lessons.objective import Objective
 from epigone.models.sharding import make_mesh
 

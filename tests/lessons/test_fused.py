@@ -9,8 +9,10 @@ import pytest
 from jax.sharding import PartitionSpec as P
 from lessons.test_divergences import NAMED
 
+from epigone.lessons.chunks import Mesh
 from epigone.lessons.divergences import forward_kl
-from epigone.lessons.fused import NEVER, Head, Hidden, Mesh, fused_loss
+from epigone.lessons.fused import fused_loss
+from epigone.lessons.heads import NEVER, Head, Hidden
 from epigone.lessons.objective import TEXT_ALONE, Objective
 from epigone.models.sharding import make_mesh
 

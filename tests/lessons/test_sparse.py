@@ -9,8 +9,10 @@ import pytest
 from jax.sharding import PartitionSpec as P
 from scipy.special import log_softmax, logsumexp
 
+from epigone.lessons.chunks import Mesh
 from epigone.lessons.divergences import forward_kl, jsd, reverse_kl
-from epigone.lessons.fused import Head, Hidden, Mesh, fused_loss
+from epigone.lessons.fused import fused_loss
+from epigone.lessons.heads import Head, Hidden
 from epigone.lessons.objective import Objective
 from epigone.lessons.sparse import Rest, Sparse, sparse_divergence
 from epigone.models.sharding import make_mesh

@@ -121,12 +121,25 @@ def _cards(entry: dict) -> list[dict]:
 
 def _curve(rng: random.Random, distilled: bool) -> list[dict]:
     floor, start = (0.5, 4.2) if distilled else (4.1, 8.3)
-    points = range(0, 601, 10)
     return [
         {"step": step, "tokens": step * 4096, "seconds": step * 0.04,
-         "loss": floor + (start - floor) * 0.985**step + rng.gauss(0, 0.03)}
-        for step in points
+         "loss": floor + (start - floor) * 0.985**step + rng.gauss(0, 0.03),
+         **_compared(rng, 0.985**step, distilled)}
+        for step in range(0, 601, 10)
     ]  # fmt: skip
+
+
+def _compared(rng: random.Random, left: float, taught: bool) -> dict:
+    """What training says beside the loss, where `left` of the way is still to go."""
+    noise = lambda: rng.gauss(0, 0.03)  # noqa: E731
+    alone = {"student_cross_entropy": 4.3 + 4 * left + noise(), "student_entropy": 3.9 + 4.4 * left + noise(),
+             "student_ece": 0.02 + 0.01 * rng.random()}  # fmt: skip
+    if not taught:
+        return alone
+    theirs = {"teacher_cross_entropy": 3.9 + noise(), "teacher_entropy": 3.7 + noise(), "teacher_ece": 0.02}
+    near = {"agreement_top1": 0.7 - 0.65 * left + noise() / 2, "agreement_top5": 0.75 - 0.74 * left + noise() / 4,
+            "forward_kl": 0.5 + 3.7 * left + noise(), "reverse_kl": 0.6 + 5 * left + noise()}  # fmt: skip
+    return alone | theirs | near
 
 
 def _prediction(context: str, rng: random.Random) -> dict:

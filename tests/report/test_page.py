@@ -146,19 +146,20 @@ def test_names_are_escaped_everywhere(tmp_path):
 
 def test_sections_have_one_sentence_of_reading_help(html):
     sections = re.findall(r'<section id="([\w-]+)">\s*<h2>[^<]+</h2>\s*<p>[^<]{40,}', html)
-    assert sections == ["lineage", "perplexity", "student-control", "diversity", "samples", "predictions", "curves",
-                        "nodes", "cards"]  # fmt: skip
+    assert sections == ["lineage", "perplexity", "student-control", "diversity", "samples", "predictions", "imitation",
+                        "curves", "nodes", "cards"]  # fmt: skip
 
 
 def test_plots_are_png_files(full_run):
     names = {path.name for path in (full_run / "plots").iterdir()}
-    assert names == {"perplexity.png", "student-control.png", "diversity-0.png", "diversity-1.png", "curves.png"}
+    assert names == {"perplexity.png", "student-control.png", "diversity-0.png", "diversity-1.png", "imitation.png",
+                     "curves.png"}  # fmt: skip
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in (full_run / "plots").iterdir())
 
 
 def test_figures_follow_the_theme(html):
     charts = re.findall(r'<svg class="chart".*?</svg>', html, flags=re.S)
-    assert len(charts) == 5
+    assert len(charts) == 6
     assert all(not re.search(r"#[0-9a-f]{6}\b", re.sub(r'(href="|url\()#[^")]*', "", chart)) for chart in charts)
 
 
@@ -170,7 +171,7 @@ def test_samples_show_first_middle_and_last_generation_of_one_seed(full_run, pag
 
 
 def test_next_words_of_teacher_student_and_control_stand_side_by_side(html):
-    section = html[html.index('<section id="predictions">') : html.index('<section id="curves">')]
+    section = html[html.index('<section id="predictions">') : html.index('<section id="imitation">')]
     assert re.findall(r"<h4>([^<]*)</h4>", section) == ["teacher@0", "student@1", "control@1"] * 3
     assert section.count("<li") == 3 * 3 * 8
 

@@ -10,7 +10,8 @@ from jax.sharding import PartitionSpec as P
 
 from epigone.data.pipeline import Batches, pack
 from epigone.lessons.divergences import forward_kl
-from epigone.lessons.fused import Head, Hidden, fused_loss
+from epigone.lessons.fused import fused_loss
+from epigone.lessons.heads import Head, Hidden
 from epigone.lessons.objective import Objective
 from epigone.models import decoder
 from epigone.models.config import DecoderConfig

@@ -33,7 +33,7 @@ if count > 1:
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     jax.distributed.initialize(f"localhost:{port}", count, index)
 
-from training_toy import Counting, losses, run  # noqa: E402
+from training_toy import Counting, measures, run  # noqa: E402
 
 from epigone.training.config import Hardware  # noqa: E402
 from epigone.training.loop import Stopped  # noqa: E402
@@ -54,6 +54,6 @@ try:
         hardware=Hardware(data=count, checkpoint_every_seconds=None, checkpoint_every_steps=given.every),
         on_step=at_step,
     )
-    print(json.dumps(losses(trained)))
+    print(json.dumps(measures(trained)))
 except Stopped as stopped:
     print(json.dumps(str(stopped)))

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from training_toy import losses, run, weights
+from training_toy import losses, measures, run, weights
 
 CHILD = Path(__file__).with_name("child.py")
 
@@ -47,7 +47,7 @@ def test_sigkill_at_a_random_step_then_the_same_to_the_bit(every, pace, undistur
     seen = []
     resumed = run(tmp_path, on_step=lambda report: seen.append(report.step))
     assert 1 < seen[0] <= step + 1, f"killed at {step}, resumed at {seen[0]}"
-    assert losses(resumed) == losses(undisturbed)
+    assert measures(resumed) == measures(undisturbed)
     for name, wanted in weights(undisturbed).items():
         np.testing.assert_array_equal(weights(resumed)[name], wanted, err_msg=f"{name}, killed at step {step}")
 
@@ -67,9 +67,13 @@ def test_two_processes_are_one_run_and_stop_together(undisturbed, tmp_path):
     np.testing.assert_allclose(losses(resumed), losses(undisturbed), rtol=1e-5)
 
 
-def test_two_processes_give_the_losses_of_one(undisturbed, tmp_path):
+def test_two_processes_give_the_curve_of_one(undisturbed, tmp_path):
     port = free_port()
     ends = [end(p) for p in [start(tmp_path, "--process", i, 2, port, "--every", 100) for i in (0, 1)]]
     assert [code for code, _, _ in ends] == [0, 0], "\n".join(errors for _, _, errors in ends)
     for _, output, _ in ends:
-        np.testing.assert_allclose(json.loads(output.splitlines()[-1]), losses(undisturbed), rtol=1e-5)
+        points = json.loads(output.splitlines()[-1])
+        assert len(points) == 6
+        assert "student_ece" in points[0]
+        for point, wanted in zip(points, measures(undisturbed), strict=True):
+            assert point == pytest.approx(wanted, rel=1e-4)

@@ -8,7 +8,7 @@ import pytest
 from epigone.data.pipeline import Batches, pack
 from epigone.errors import UserError
 from epigone.lessons.divergences import forward_kl
-from epigone.lessons.fused import Hidden
+from epigone.lessons.heads import Hidden
 from epigone.lessons.objective import Objective
 from epigone.models import decoder
 from epigone.models.config import DecoderConfig

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from training_toy import MODEL, TRAINING, Counting, losses, run, weights
+from training_toy import MODEL, TRAINING, Counting, losses, measures, run, weights
 
 from epigone.errors import Fault, UserError
 from epigone.lessons.divergences import cross_entropy, forward_kl, jsd
@@ -182,7 +182,7 @@ def test_one_compilation_for_all_nodes_of_a_shape(tmp_path):
         run(tmp_path / str(seed), objective=objective, **node)
     (new,) = set(compiled._programs) - before
     program = compiled._programs[new]
-    assert program.step._cache_size() == program.begin._cache_size() == 1
+    assert program.step._cache_size() == program.begin._cache_size() == program.compare._cache_size() == 1
 
 
 def test_reports_every_step_while_the_next_one_runs(tmp_path):
@@ -218,7 +218,7 @@ def test_a_signal_stops_with_a_checkpoint_and_the_run_goes_on(number, plain, tmp
     seen = []
     resumed = run(tmp_path, on_step=lambda report: seen.append(report.step))
     assert seen[0] > 5
-    assert losses(resumed) == losses(plain)
+    assert measures(resumed) == measures(plain)
     for name, wanted in weights(plain).items():
         np.testing.assert_array_equal(weights(resumed)[name], wanted, err_msg=name)
 

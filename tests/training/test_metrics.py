@@ -24,6 +24,14 @@ def test_what_was_not_measured_is_absent():
     assert set(progress.close(1)) == {"step", "tokens", "seconds", "loss"}
 
 
+def test_what_else_is_known_of_a_point_is_in_it():
+    progress = Progress()
+    progress.add({"loss": (1.0, 1.0)})
+    assert progress.close(1, mfu=0.25)["mfu"] == 0.25
+    progress.add({"loss": (1.0, 1.0)})
+    assert "mfu" not in progress.close(2)
+
+
 def test_time_goes_on_from_an_earlier_run():
     progress = Progress(seconds=100.0)
     progress.add({"loss": (5.0, 50.0)})

@@ -5,11 +5,13 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import jax
 from jaxtyping import Array, Float, Int
 
 from epigone.errors import UserError
 from epigone.lessons.divergences import Divergence, cross_entropy, forward_kl
 from epigone.lessons.ensemble import Several, combined
+from epigone.lessons.schedules import Schedule, at_step, ends
 from epigone.lessons.sparse import Sparse, sparse_divergence
 from epigone.lessons.terms import on_cut_rows
 
@@ -20,25 +22,32 @@ class Objective:
 
     Attributes:
         divergence: function of student and teacher logits, from `epigone.lessons.divergences`.
-        temperature: divides both sets of logits in the divergence; the cross-entropy is always at 1.
+        temperature: divides both sets of logits in the divergence; the cross-entropy is always at 1. A number, or a
+            schedule of `epigone.lessons.schedules`.
         temperature_squared: multiply the divergence by temperature^2 (Hinton et al. 2015).
-        hard_weight: share of the cross-entropy with the text, 0 to 1; at 1 there is no teacher.
+        hard_weight: share of the cross-entropy with the text, 0 to 1, or a schedule; at 1 there is no teacher.
     """
 
     divergence: Divergence = forward_kl
-    temperature: float = 1.0
+    temperature: float | Schedule = 1.0
     temperature_squared: bool = True
-    hard_weight: float = 0.0
+    hard_weight: float | Schedule = 0.0
 
     def __post_init__(self) -> None:
-        if not 0.0 <= self.hard_weight <= 1.0:
+        if not all(0.0 <= weight <= 1.0 for weight in ends(self.hard_weight)):
             raise UserError(f"objective: hard_weight={self.hard_weight} is outside [0, 1]")
-        if not self.temperature > 0.0:
+        if not all(temperature > 0.0 for temperature in ends(self.temperature)):
             raise UserError(f"objective: temperature={self.temperature} must be positive")
 
     @property
     def needs_teacher(self) -> bool:
-        return self.hard_weight < 1.0
+        return callable(self.hard_weight) or self.hard_weight < 1.0
+
+    def knobs(self, step: jax.Array) -> tuple[jax.Array, jax.Array] | None:
+        """Temperature and hard weight after `step` steps, where one is on a schedule; None where both are constant."""
+        if not (callable(self.temperature) or callable(self.hard_weight)):
+            return None
+        return at_step(self.temperature, step), at_step(self.hard_weight, step)
 
     def loss(
         self,
@@ -46,33 +55,37 @@ class Objective:
         teacher: Float[Array, "B T V"] | Sparse | Several | None,
         targets_BT: Int[Array, "B T"],
         vocab_axis: str | None = None,
+        knobs: tuple[jax.Array, jax.Array] | None = None,
     ) -> Float[Array, "B T"]:
         """Loss [B, T] in nats (times T^2 in its first part), float32, neither weighted nor averaged.
 
         `teacher`: its logits, what was kept of them, or the logits of several. `vocab_axis`: inside shard_map, the mesh
-        axis over which V is cut.
+        axis over which V is cut. `knobs`: what `knobs` says of this step.
 
-        Raises: UserError where a teacher is needed and there is none.
+        Raises: UserError where a teacher is needed and there is none, and for a schedule without its knobs.
         """
         if not self.needs_teacher:
             return cross_entropy(student_logits_BTV, targets_BT, vocab_axis=vocab_axis)
         if teacher is None:
             raise UserError(
-                f"objective: hard_weight={self.hard_weight} leaves {1 - self.hard_weight:g} to a teacher, and there is "
-                "none: name a teacher, or set hard_weight=1 to learn from the text alone"
+                f"objective: hard_weight={self.hard_weight} leaves the rest to a teacher, and there is none: name a "
+                "teacher, or set hard_weight=1 to learn from the text alone"
             )
+        temperature, hard_weight = knobs or (self.temperature, self.hard_weight)
+        if callable(temperature) or callable(hard_weight):
+            raise UserError(f"objective: {self} changes with the steps: say at which, with knobs(step)")
         if isinstance(teacher, Several):
-            teacher = combined(teacher, targets_BT, self.temperature, vocab_axis)
+            teacher = combined(teacher, targets_BT, temperature, vocab_axis)
         divergence: Callable[..., Any] = on_cut_rows(self.divergence, vocab_axis)
         if isinstance(teacher, Sparse):
             divergence = partial(sparse_divergence, self.divergence, vocab_axis=vocab_axis)
         soft_BT = divergence(
-            student_logits_BTV, teacher, temperature=self.temperature, temperature_squared=self.temperature_squared
+            student_logits_BTV, teacher, temperature=temperature, temperature_squared=self.temperature_squared
         )
-        if self.hard_weight == 0.0:
+        if knobs is None and hard_weight == 0.0:
             return soft_BT
         hard_BT = cross_entropy(student_logits_BTV, targets_BT, vocab_axis=vocab_axis)
-        return (1.0 - self.hard_weight) * soft_BT + self.hard_weight * hard_BT
+        return (1.0 - hard_weight) * soft_BT + hard_weight * hard_BT
 
 
 TEXT_ALONE = Objective(hard_weight=1.0)

@@ -6,8 +6,9 @@ from pathlib import Path
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from epigone.report.curves import curves_figure, imitation_figure
 from epigone.report.formats import real
-from epigone.report.records import Node, Run, finite
+from epigone.report.records import Run, finite
 from epigone.report.style import INK, MUTED, colour, fit_scale, grid, house_style, marker, save, stroke, whole_numbers
 from epigone.report.summaries import Comparison, Series, Spread
 
@@ -26,7 +27,6 @@ DIVERSITY = {
     "sentence_length": "length of a text, words",
     "real_perplexity": "perplexity of its text under generation 0",
 }
-MOST_PANELS = 24
 
 
 def draw_all(run: Run, series: list[Series], compared: list[Comparison], directory: Path) -> dict[str, str]:
@@ -38,9 +38,11 @@ def draw_all(run: Run, series: list[Series], compared: list[Comparison], directo
             "perplexity": perplexity_figure(series),
             "student-control": comparison_figure(compared),
             **{f"diversity-{i}": diversity_figure(group, regimes(series)) for i, group in enumerate(grouped)},
+            "imitation": imitation_figure(run),
             "curves": curves_figure(run),
         }
         labels = {"perplexity": "Held-out perplexity against generation", "student-control": "Student against control",
+                  "imitation": "Student beside teacher, against tokens",
                   "curves": "Training loss against tokens"}  # fmt: skip
         return {
             name: save(figure, name, directory, labels.get(name, "Coherence and diversity against generation"))
@@ -162,45 +164,3 @@ def _difference(axes: Axes, one: Comparison) -> None:
     axes.set_yticks([0.75, 0.35], ["seeds", "mean, 95 %"])
     axes.set_title("student minus control (left of 0: student better)")
     axes.set_xlabel("difference in perplexity")
-
-
-def curves_figure(run: Run) -> Figure | None:
-    """Training loss against tokens: a panel a name (every lesson has its own loss), a line a node."""
-    groups: dict[str, list[tuple[Node, list[tuple[float, float]]]]] = {}
-    for node in run.grown:
-        if points := curve(node):
-            groups.setdefault(node.name, []).append((node, points))
-    if not groups:
-        return None
-    shown = dict(list(groups.items())[:MOST_PANELS])
-    figure, panels = grid(len(shown), columns=4, height=2.2)
-    for axes, (name, nodes) in zip(panels, shown.items(), strict=True):
-        _training(axes, nodes)
-        axes.set_title(name)
-        axes.locator_params(nbins=5)
-        axes.set_xlabel("million tokens")
-    panels[0].set_ylabel("loss, nats")
-    return figure
-
-
-def _training(axes: Axes, nodes: list[tuple[Node, list[tuple[float, float]]]]) -> None:
-    generations = sorted({node.generation for node, _ in nodes})
-    named = set()
-    for node, points in nodes:
-        index = generations.index(node.generation)
-        label = f"@{node.generation}" if node.generation not in named and len(generations) > 1 else None
-        named.add(node.generation)
-        millions, losses = [tokens / 1e6 for tokens, _ in points], [loss for _, loss in points]
-        dot = "o" if len(points) == 1 else None
-        axes.plot(millions, losses, color=colour(index), linewidth=1.2, alpha=0.85, label=label, marker=dot)
-    if len(generations) > 1:
-        axes.legend(loc="upper right", fontsize=8.5)
-
-
-def curve(node: Node, most: int = 150) -> list[tuple[float, float]]:
-    """(tokens, loss) of a node's training curve, finite ones only, thinned to about `most` points with both ends."""
-    raw = [(finite(p.get("tokens")), finite(p.get("loss"))) for p in node.get("curve", [])]
-    points = [(tokens, loss) for tokens, loss in raw if tokens is not None and loss is not None]
-    if len(points) <= most:
-        return points
-    return [points[round(i * (len(points) - 1) / (most - 1))] for i in range(most)]

@@ -10,7 +10,7 @@ from epigone.data.pipeline import Batch
 from epigone.errors import UserError
 from epigone.lessons.divergences import forward_kl
 from epigone.lessons.ensemble import Several
-from epigone.lessons.fused import Head, Hidden
+from epigone.lessons.heads import Head, Hidden
 from epigone.lessons.objective import Objective
 from epigone.lessons.sparse import Rest, Sparse
 
@@ -101,7 +101,13 @@ def check_compatible(
 
 def check_kept(objective: Objective, kept: Any) -> None:
     """Refuse an objective that cannot learn from what a lesson keeps of the scores. Raises UserError."""
-    drawn = getattr(kept, "rest", None) == Rest.SAMPLED
+    rest = getattr(kept, "rest", None)
+    drawn = rest == Rest.SAMPLED
+    if rest is not None and callable(objective.temperature):
+        raise UserError(
+            f"scores are kept at one temperature, and the objective's changes, {objective.temperature}: give it a "
+            "number, or keep hidden states (HiddenStates)"
+        )
     if drawn and objective.divergence is not forward_kl:
         raise UserError(
             f"random draws estimate forward_kl alone, and the objective's divergence is {objective.divergence}: "
@@ -113,7 +119,7 @@ def check_needed(objective: Objective, has_teacher: bool) -> None:
     """Refuse an objective without the teacher that it needs, and a teacher that it does not. Raises UserError."""
     if objective.needs_teacher and not has_teacher:
         raise UserError(
-            f"objective: hard_weight={objective.hard_weight:g} needs a teacher, and the lesson has none: "
+            f"objective: hard_weight={objective.hard_weight} needs a teacher, and the lesson has none: "
             "name one, or set hard_weight=1"
         )
     if has_teacher and not objective.needs_teacher:

@@ -10,7 +10,7 @@ import numpy as np
 
 from epigone.data.pipeline import Batch
 from epigone.errors import Fault, UserError
-from epigone.lessons.fused import Head, Hidden
+from epigone.lessons.heads import Head, Hidden
 from epigone.lessons.sparse import Rest, Sparse
 from epigone.lessons.terms import FLOOR
 from epigone.teachers import Signal

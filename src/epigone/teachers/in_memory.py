@@ -7,7 +7,7 @@ import jax
 import numpy as np
 from flax import nnx
 
-from epigone.lessons.fused import Head, Hidden
+from epigone.lessons.heads import Head, Hidden
 from epigone.models import decoder
 from epigone.models.config import DecoderConfig
 from epigone.models.language_model import BOS

@@ -1,6 +1,6 @@
 """What a training run is (part of a node's identity) and what it runs on (no part of it)."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from epigone.errors import UserError
 from epigone.training.optimizer import Optimizer
@@ -17,6 +17,9 @@ class Training:
         optimizer: the optimizer and its learning rate.
         ema_decay: decay of the running average of the weights, which is then the result; None for the last weights.
         log_every: steps between two points of the recorded curve; each point is the mean since the one before.
+        compare_every: points of the curve from one comparison with the teacher and the text to the next
+            (`epigone.lessons.comparison`; 1: every point has one); None for none. It reads a batch once more with
+            student and teacher, a large part of a step's time, and changes no result: so it is no part of identity.
     """
 
     steps: int = 200
@@ -25,11 +28,22 @@ class Training:
     optimizer: Optimizer = Optimizer()
     ema_decay: float | None = None
     log_every: int = 10
+    compare_every: int | None = field(default=1, metadata={"identity": False})
 
     def __post_init__(self) -> None:
-        _at_least_one("training", self, "steps", "batch_size", "sequence_length", "log_every")
+        _at_least_one("training", self, "steps", "batch_size", "sequence_length", "log_every", "compare_every")
         if self.ema_decay is not None and not 0.0 <= self.ema_decay < 1.0:
             raise UserError(f"training: ema_decay={self.ema_decay} is outside [0, 1)")
+
+    def is_point(self, step: int) -> bool:
+        """Whether the curve has a point at this step: every `log_every` steps, and at the last."""
+        return step % self.log_every == 0 or step == self.steps
+
+    def compares(self, step: int) -> bool:
+        """Whether the point at this step has a comparison; that at the last step always has one."""
+        if self.compare_every is None or not self.is_point(step):
+            return False
+        return step == self.steps or step // self.log_every % self.compare_every == 0
 
 
 @dataclass(frozen=True)

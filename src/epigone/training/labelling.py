@@ -14,7 +14,8 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from epigone.data.pipeline import Batch, Rows, as_batch
-from epigone.lessons.fused import Head, Mesh, map_logits
+from epigone.lessons.chunks import Mesh, map_logits
+from epigone.lessons.heads import Head
 from epigone.models.sharding import make_mesh
 from epigone.sampling.draw import token_keys
 from epigone.teachers import Teacher
@@ -40,10 +41,12 @@ class Labelled:
 
     Attributes:
         tokens: positions that were scored now, by this run of the program.
+        size: bytes on disk of what was kept of these rows, in proportion to their segments.
         seconds: that it took.
     """
 
     tokens: int
+    size: int
     seconds: float
 
 
@@ -76,7 +79,9 @@ def label(
             if pieces:  # others are at them
                 time.sleep(WAIT_SECONDS)
                 cached.files.refresh()
-    return Labelled(work.tokens, time.monotonic() - work.began)
+    cached.files.refresh()
+    share = len(work.keys) / max(1, len(cached.files))
+    return Labelled(work.tokens, round(cached.files.size * share), time.monotonic() - work.began)
 
 
 def _pieces(rows: Rows) -> Iterator[np.ndarray]:
@@ -102,11 +107,13 @@ class _Work:
         self.teacher: Teacher | None = None
         self.batch_size, self.mesh, self.on_step, self.steps = batch_size, mesh, on_step, steps
         self.began, self.step, self.tokens = time.monotonic(), 0, 0
+        self.keys: set[bytes] = set()
 
     def done(self, planes_R3T: np.ndarray) -> bool:
         """Score a piece, unless it is on disk or another is at it; whether it is on disk now."""
         found = segments(planes_R3T[:, 0], planes_R3T[:, 2])
         name = _name(found)
+        self.keys.update(segment.key for segment in found)
         missing = {found[number].key for number in self.files.missing([segment.key for segment in found])}
         state = _first_says(lambda: _MINE if missing and self.claims.take(name) else _BUSY if missing else _DONE)
         if state == _MINE:

@@ -26,6 +26,7 @@ from epigone.training.metrics import Clock, Events, Progress, StepReport
 from epigone.training.sharding import check_divisible, to_mesh
 from epigone.training.step import programs
 from epigone.training.stopping import StopRequest
+from epigone.training.utilisation import Speed, peak_flops
 
 __all__ = ["Hardware", "StepReport", "Stopped", "Trained", "Training", "train"]
 
@@ -38,7 +39,10 @@ class Trained:
         params: the weights on the mesh: the averaged ones where the training has an ema_decay.
         tokens: targets trained on, each by its weight.
         flops: floating-point operations of student and teacher, padding included, recomputation not.
-        curve: points with step, tokens, seconds and the mean loss, gradient_norm and learning_rate since the last one.
+        curve: points with step, tokens, seconds, the mean loss, gradient_norm and learning_rate since the last one, and
+            tokens_per_second, flops_per_second and mfu (`epigone.training.utilisation`). Then what
+            `epigone.lessons.comparison` says of the last step's batch under the weights before it, which are those
+            that the loss is of, too.
         seconds: training time, that before a restart included.
     """
 
@@ -91,6 +95,9 @@ def train(
     check_compatible(objective, teacher, vocab_size=model.vocab_size)
     several, first = jax.process_count() > 1, jax.process_index() == 0
     key = key or identity
+    per_token = decoder.flops_per_token(model, training.sequence_length, training=True)
+    per_token += teacher.flops_per_token(training.sequence_length) if teacher else 0
+    step_flops = per_token * training.batch_size * training.sequence_length
 
     with jax.set_mesh(mesh), StopRequest(several) as stop:
         # -------------------------------------------------------------- the state: a checkpoint's, or a new one
@@ -109,6 +116,7 @@ def train(
 
         # -------------------------------------------------------------- the steps
         clock, events = Clock(progress), Events(directory / "events", active=first)
+        between = Speed(step_flops, peak_flops(mesh))
         stream = batches.iterate(start) if start < training.steps else iter(())
         saved_at, running = time.monotonic(), None
 
@@ -124,8 +132,8 @@ def train(
                 )
             progress.add(pairs)
             speed = clock.tick()
-            if step % training.log_every == 0 or step == training.steps:
-                events.write(progress.close(step))
+            if training.is_point(step):
+                events.write(progress.close(step, **between.at_point(step, progress.tokens)))
             if on_step is not None:
                 on_step(StepReport(step, training.steps, loss, round(progress.tokens), speed, progress.seconds))
 
@@ -134,10 +142,13 @@ def train(
                 batch = next(stream)
                 fetched = teacher.fetch(batch) if teacher else {}
                 batch, fetched = to_mesh((batch, fetched), hardware.microbatches, mesh)
-                state, metrics = run_step(state, teacher_params, batch, fetched)
+                # Before the step, which takes the state away. Read with the step's metrics, so nothing waits for it.
+                given = (teacher_params, batch, fetched)
+                beside = program.compare(state["params"], *given) if training.compares(step) else {}
+                state, metrics = run_step(state, *given)
                 if running is not None:
                     finished(*running)
-                running = (step, metrics)
+                running = (step, metrics | beside)
 
                 stopping = stop.at(step)
                 if stopping or (step < training.steps and _due(step, saved_at, training, hardware, several)):
@@ -157,12 +168,10 @@ def train(
             checkpoints.close()
 
     # ------------------------------------------------------------------ what came of it
-    per_token = decoder.flops_per_token(model, training.sequence_length, training=True)
-    per_token += teacher.flops_per_token(training.sequence_length) if teacher else 0
     return Trained(
         params=state["params"] if training.ema_decay is None else state["ema"],
         tokens=round(progress.tokens),
-        flops=per_token * training.steps * training.batch_size * training.sequence_length,
+        flops=step_flops * training.steps,
         curve=progress.curve,
         seconds=progress.seconds,
     )

@@ -43,7 +43,8 @@ class Progress:
     Attributes:
         tokens: sum of all weights of targets so far.
         seconds: training time so far.
-        curve: finished points: step, tokens, seconds, and the mean of each metric since the point before.
+        curve: finished points: step, tokens, seconds, and the mean of each metric since the point before; speed, and
+            the comparison with teacher and text, where there are any.
         interval: open pairs of the point to come.
     """
 
@@ -59,10 +60,10 @@ class Progress:
             before = self.interval.get(name, (0.0, 0.0))
             self.interval[name] = (before[0] + total, before[1] + count)
 
-    def close(self, step: int) -> dict[str, float]:
-        """Finish the point at this step, and start the next."""
+    def close(self, step: int, **more: float) -> dict[str, float]:
+        """Finish the point at this step, with what else is known of it, and start the next."""
         means = {name: total / count for name, (total, count) in self.interval.items() if count}
-        point = {"step": step, "tokens": round(self.tokens), "seconds": round(self.seconds, 3), **means}
+        point = {"step": step, "tokens": round(self.tokens), "seconds": round(self.seconds, 3), **means, **more}
         self.curve.append(point)
         self.interval = {}
         return point

@@ -13,8 +13,11 @@ import jax.numpy as jnp
 import optax
 
 from epigone.identity import fingerprint
-from epigone.lessons.fused import Mesh, fused_loss
+from epigone.lessons.chunks import Mesh
+from epigone.lessons.comparison import Sums, as_pairs, compare
+from epigone.lessons.fused import fused_loss
 from epigone.lessons.objective import Objective
+from epigone.lessons.sparse import Sparse
 from epigone.models.config import DecoderConfig
 from epigone.teachers import Batch, Teacher
 from epigone.teachers.in_memory import DecoderStates
@@ -35,10 +38,13 @@ class Programs:
     Attributes:
         begin: parameters -> the state before the first step, with copies of the parameters.
         step: (state, teacher's parameters, batch, fetched) -> (state, metrics); the old state is donated.
+        compare: (student's parameters, teacher's parameters, batch, fetched) -> pairs of `epigone.lessons.comparison`,
+            of the whole batch. A program of its own, so that whether it runs changes no bit of a step.
     """
 
     begin: Callable[[Any], State]
     step: Callable[[State, Any, Batch, Any], tuple[State, dict[str, tuple[jax.Array, jax.Array]]]]
+    compare: Callable[[Any, Any, Batch, Any], Sums]
 
 
 def programs(
@@ -53,8 +59,9 @@ def programs(
         cut = Mesh(BATCH_AXES, "tensor" if mesh.shape["tensor"] > 1 else None)
         fused = partial(fused_loss, objective.loss, heads=heads, mesh=cut)
         begin = jax.jit(partial(_begin, training))
-        step = jax.jit(partial(_step, training, student, scores, fused), donate_argnums=0)
-        _programs[key] = Programs(begin, step)
+        step = jax.jit(partial(_step, training, objective, student, scores, fused), donate_argnums=0)
+        beside = jax.jit(partial(_compare, student, scores, partial(compare, heads=heads, mesh=cut)))
+        _programs[key] = Programs(begin, step, beside)
     return _programs[key]
 
 
@@ -70,6 +77,7 @@ def _begin(training: Training, params: Any) -> State:
 
 def _step(
     training: Training,
+    objective: Objective,
     student: DecoderStates,
     scores: Callable[..., Any] | None,
     fused: Callable[..., tuple[jax.Array, jax.Array]],
@@ -81,11 +89,12 @@ def _step(
     """One update from a batch [microbatches, B, T]."""
     # The sum of weights over all micro-batches, devices and hosts: every token counts the same, wherever it lies.
     tokens = jnp.sum(batch.weights_BT)
+    knobs = objective.knobs(state["step"])
 
     def loss(params: Any, part: tuple[Batch, Any]) -> jax.Array:
         batch, fetched = part
         given = scores(teacher_params, batch, fetched) if scores else None
-        return fused(student(params, batch), given, batch.targets_BT, batch.weights_BT)[0] / tokens
+        return fused(student(params, batch), given, batch.targets_BT, batch.weights_BT, knobs=knobs)[0] / tokens
 
     mean_loss, gradients = _accumulated(jax.value_and_grad(loss), state["params"], (batch, fetched))
     updates, optimizer_state = _update(training, gradients, state)
@@ -100,6 +109,33 @@ def _step(
         "learning_rate": (learning_rate(training.optimizer, training.steps)(state["step"]), one),
     }
     return new, metrics
+
+
+def _compare(
+    student: DecoderStates,
+    scores: Callable[..., Any] | None,
+    compare: Callable[..., Sums],
+    params: Any,
+    teacher_params: Any,
+    batch: Batch,
+    fetched: Any,
+) -> Sums:
+    """The student beside its teacher and the text, on a batch [microbatches, B, T], one micro-batch at a time."""
+
+    def sums(part: tuple[Batch, Any]) -> Sums:
+        batch, fetched = part
+        given = scores(teacher_params, batch, fetched) if scores else None
+        given = None if isinstance(given, Sparse) else given  # a few scores are no distribution
+        return compare(student(params, batch), given, batch.targets_BT, batch.weights_BT)
+
+    def add(so_far: Sums, part: tuple[Batch, Any]) -> tuple[Sums, None]:
+        return jax.tree.map(jnp.add, so_far, sums(part)), None
+
+    first = jax.tree.map(lambda x: x[0], (batch, fetched))
+    if batch.weights_BT.shape[0] == 1:
+        return as_pairs(sums(first))
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(sums, first))
+    return as_pairs(jax.lax.scan(add, zeros, (batch, fetched))[0])
 
 
 def _accumulated(value_and_grad: Callable[..., Any], params: Any, parts: Any) -> tuple[jax.Array, Any]:

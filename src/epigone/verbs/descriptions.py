@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 from epigone.identity import canonical
 from epigone.lessons.objective import Objective
+from epigone.lessons.schedules import Linear
 from epigone.lineage import Lesson, Text, Written
 
 DEPTH = 6
@@ -54,12 +55,22 @@ def _objective(lesson: Lesson) -> str:
     text = "cross-entropy with the text"
     if not objective.needs_teacher:
         return f"{text}, no teacher"
-    temperature = f"temperature {objective.temperature:g}"
+    temperature = f"temperature {_number(objective.temperature)}"
     if objective.temperature != 1 and objective.temperature_squared:
         temperature += ", times temperature squared"
     divergence = f"{_called(objective.divergence)} to {' and '.join(lesson.teachers)} at {temperature}"
     share = objective.hard_weight
+    if callable(share):
+        return f"(1 - w) x ({divergence}) + w x {text}, w {_number(share)}"
     return f"{1 - share:g} x ({divergence}) + {share:g} x {text}" if share else divergence
+
+
+def _number(value: Any) -> str:
+    """A number, or how a schedule changes it."""
+    if isinstance(value, Linear):
+        until = f"from step {value.after} to {value.after + value.steps}"
+        return f"{value.start:g} to {value.end:g} ({type(value).__name__.lower()}, {until})"
+    return _called(value) if callable(value) else f"{value:g}"
 
 
 def _called(function: Any) -> str:

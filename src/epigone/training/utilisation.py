@@ -1,0 +1,62 @@
+"""How much of its device a training uses: the peaks of devices, and speed from one point of the curve to the next."""
+
+import time
+from dataclasses import dataclass, field
+
+import jax
+
+PEAK_FLOPS = {
+    # TPUs, one device a chip: cloud.google.com/tpu/docs, a page a version ("peak compute per chip, bf16").
+    "TPU v4": 275e12,
+    "TPU v5 lite": 197e12,  # v5e
+    "TPU v5": 459e12,  # v5p
+    "TPU v6 lite": 918e12,  # v6e
+    # NVIDIA's data sheets of the A100, H100, H200 and of the DGX B200; those that they give with sparsity, halved.
+    "NVIDIA A100-SXM4-40GB": 312e12,
+    "NVIDIA A100-SXM4-80GB": 312e12,
+    "NVIDIA A100-PCIE-40GB": 312e12,
+    "NVIDIA A100 80GB PCIe": 312e12,
+    "NVIDIA H100 80GB HBM3": 989.4e12,  # SXM
+    "NVIDIA H100 PCIe": 756e12,
+    "NVIDIA H100 NVL": 835e12,
+    "NVIDIA H200": 989.4e12,  # SXM
+    "NVIDIA H200 NVL": 835e12,
+    "NVIDIA B200": 2250e12,
+}
+"""Dense bfloat16 FLOP/s of one device, by what JAX calls it (`jax.Device.device_kind`). Others are not guessed."""
+
+
+def peak_flops(mesh: jax.sharding.Mesh) -> float | None:
+    """Dense bfloat16 FLOP/s of all devices of a mesh together; None where the table does not have them."""
+    one = PEAK_FLOPS.get(mesh.devices.flat[0].device_kind)
+    return None if one is None else one * mesh.size
+
+
+@dataclass
+class Speed:
+    """Speed between two points of the curve, of one process's run.
+
+    Attributes:
+        flops: floating-point operations of a step, as `Trained.flops` counts them: of student and teacher, padding
+            included; neither recomputation nor the comparison of the two.
+        peak: FLOP/s of the devices, or None.
+    """
+
+    flops: int
+    peak: float | None
+    _point: tuple[float, int, float] | None = field(default=None, init=False)
+
+    def at_point(self, step: int, tokens: float) -> dict[str, float]:
+        """tokens_per_second, flops_per_second and mfu since the last point; nothing at the first one.
+
+        Model FLOPs utilisation is flops_per_second / peak (Chowdhery et al. 2022, PaLM, appendix B), absent where the
+        peak is not known. Up to its first point a process also compiles, which is no speed of anything.
+        """
+        now, before = time.monotonic(), self._point
+        self._point = (now, step, tokens)
+        if before is None:
+            return {}
+        seconds = max(now - before[0], 1e-9)
+        achieved = self.flops * (step - before[1]) / seconds
+        rates = {"tokens_per_second": (tokens - before[2]) / seconds, "flops_per_second": achieved}
+        return rates if self.peak is None else rates | {"mfu": achieved / self.peak}
