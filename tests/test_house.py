@@ -43,7 +43,7 @@ MAY_IMPORT = {
     "data": {"errors", "models"},
     "lessons": {"errors"},
     "teachers": {"errors", "models", "lessons", "data"},
-    "training": {"errors", "identity", "models", "lessons", "teachers", "data"},
+    "training": {"errors", "identity", "models", "lessons", "teachers", "data", "sampling"},
     "evaluate": {"errors", "models"},
     "report": {"errors"},
     "runtime": set(),

@@ -6,6 +6,7 @@ from jaxtyping import Array, Float, Int
 
 from epigone.errors import UserError
 from epigone.lessons.divergences import Divergence, cross_entropy, forward_kl
+from epigone.lessons.policy_gradient import with_targets
 from epigone.lessons.terms import on_cut_rows
 
 
@@ -14,7 +15,8 @@ class Objective:
     """(1 - hard_weight) * divergence(student, teacher) + hard_weight * cross_entropy(student, text), per token.
 
     Attributes:
-        divergence: function of student and teacher logits, from `epigone.lessons.divergences`.
+        divergence: function of student and teacher logits, from `epigone.lessons.divergences`, or of the token that the
+            student drew, from `epigone.lessons.policy_gradient`.
         temperature: divides both sets of logits in the divergence; the cross-entropy is always at 1.
         temperature_squared: multiply the divergence by temperature^2 (Hinton et al. 2015).
         hard_weight: share of the cross-entropy with the text, 0 to 1; at 1 there is no teacher.
@@ -55,7 +57,7 @@ class Objective:
                 f"objective: hard_weight={self.hard_weight} leaves {1 - self.hard_weight:g} to a teacher, and there is "
                 "none: name a teacher, or set hard_weight=1 to learn from the text alone"
             )
-        soft_BT = on_cut_rows(self.divergence, vocab_axis)(
+        soft_BT = on_cut_rows(with_targets(self.divergence, targets_BT), vocab_axis)(
             student_logits_BTV,
             teacher_logits_BTV,
             temperature=self.temperature,
