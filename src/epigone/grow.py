@@ -111,9 +111,12 @@ def _check(nodes: list[Node], materials: Materials) -> None:
 def _check_teacher(node: Node, materials: Materials) -> None:
     """Refuse a teacher that is missing, not needed, or of another tokenizer, before anything is grown."""
     from epigone.teachers import check_needed
+    from epigone.training.on_policy import TEXT_ONLY, check_on_policy
 
     lesson = node.lesson
     check_needed(lesson.objective, lesson.teacher is not None)
+    decodes = None if lesson.teacher is None else not isinstance(materials.store.lineage[lesson.teacher].model, NGram)
+    check_on_policy(lesson.on_policy or TEXT_ONLY, lesson.objective, decodes)
     if lesson.teacher is None:
         return
     teacher = materials.store.lineage[lesson.teacher]
@@ -191,6 +194,7 @@ def _train(
 
     from epigone.models.decoder import parameter_count
     from epigone.training import checkpoint, loop
+    from epigone.training.on_policy import TEXT_ONLY
 
     lesson, identity = node.lesson, materials.store.lineage.identities[node.key]
     tokenizer = materials.tokenizer(node.tokenizer)
@@ -211,6 +215,7 @@ def _train(
         seed=seed_of(recipe, "train"),
         identity=identity,
         teacher=_teacher(node, materials),
+        on_policy=lesson.on_policy or TEXT_ONLY,
         initial_params=start if lesson.start_from else None,
         hardware=hardware,
         directory=directory / "training",

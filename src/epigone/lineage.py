@@ -105,6 +105,7 @@ class Lesson:
         source: files with the weights; such a node learns nothing, and has no text.
         objective: what is minimised, a config of `epigone.lessons.objective`; None for models that count.
         training: steps, batch, optimizer, a config of `epigone.training.loop`; None for models that count.
+        on_policy: which steps learn from the student's own texts, a config of `epigone.training.on_policy`; None: none.
         validation: held-out text on which a model that counts tunes its count scale; None does not tune.
     """
 
@@ -116,6 +117,7 @@ class Lesson:
     source: Pretrained | None = None
     objective: Any = None
     training: Any = None
+    on_policy: Any = None
     validation: Text | None = None
 
     def __post_init__(self) -> None:
@@ -126,6 +128,8 @@ class Lesson:
             )
         if self.inherit and not self.start_from:
             raise UserError("a lesson says what to inherit and from nobody: name the node with start_from")
+        if self.on_policy and not (self.teacher and self.training):
+            raise UserError("a lesson has on_policy, own texts, and no teacher or no training: name both")
 
 
 @dataclass(frozen=True)
