@@ -48,7 +48,7 @@ WAYS: dict[str, tuple[Objective, OnPolicy | None]] = {
 """What each of the students is taught towards, and on whose texts."""
 
 
-def lineage(seeds: int = 2, steps: int = 150, scale: float = 1.0) -> Lineage:
+def lineage(seeds: int = 2, steps: int = 200, scale: float = 1.0) -> Lineage:
     """A teacher, a student that begins on text, and the same student trained on in every way.
 
     Args:
@@ -83,7 +83,7 @@ def lineage(seeds: int = 2, steps: int = 150, scale: float = 1.0) -> Lineage:
     evaluation = Evaluation(
         text=Text(BIBLE, split="test"),
         real=Text(BIBLE),
-        write_tokens=10_000,
+        write_tokens=20_000,
         contexts=500,
         compare={"control": teacher.key},
     )
