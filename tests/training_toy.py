@@ -35,7 +35,8 @@ class Counting:
 
     def __init__(self, batch_size=8, length=16, process_index=0, process_count=1):
         self.batch_size, self.length = batch_size, length
-        self.part = slice(process_index, None, process_count)
+        share = batch_size // process_count
+        self.part = slice(process_index * share, (process_index + 1) * share)
 
     def batch(self, step):
         random = np.random.default_rng([7, step])

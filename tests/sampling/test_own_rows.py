@@ -189,9 +189,8 @@ def test_temperature_and_top_k_shape_the_mixture():
 
 def test_importance_is_the_ratio_of_the_probabilities():
     how = PLAIN._replace(teacher=OTHER, teacher_share=0.4, importance=True, knobs=Knobs(temperature=0.8))
-    tokens, targets, weights, positions, segments = written(
-        how, given([[[PROMPT, 5]]] * 8, 12), teacher=spread_params(OTHER)
-    )
+    rows = given([[[PROMPT, 5]]] * 8, 12)
+    tokens, targets, weights, positions, _ = written(how, rows, teacher=spread_params(OTHER))
     checked = 0
     for row, column in zip(*np.nonzero(positions >= 1), strict=True):
         start = column - positions[row, column]

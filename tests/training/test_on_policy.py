@@ -86,7 +86,7 @@ def test_a_batch_serves_as_many_steps_as_asked_and_comes_from_the_last_that_are_
 
 
 def test_rows_have_the_beginnings_of_their_own_batch_and_weights_where_the_student_wrote():
-    own, batch = texts(share=1.0, importance=False, replay=0, reuse=1)
+    _, batch = texts(share=1.0, importance=False, replay=0, reuse=1)
     text, mine = Counting().batch(3), batch(3)
     assert all(x.shape == y.shape and x.dtype == y.dtype for x, y in zip(mine, text, strict=True))
     np.testing.assert_array_equal(mine.tokens_BT[:, :3], text.tokens_BT[:, :3])
@@ -175,7 +175,7 @@ def test_one_program_writes_at_all_steps(tmp_path):
     assert write_rows._cache_size() == before + 1
 
 
-@pytest.mark.parametrize("step", (1, 4, 6, 9))
+@pytest.mark.parametrize("step", [1, 4, 6, 9])
 def test_stopped_anywhere_it_goes_on_to_the_bit_with_its_replay(step, undisturbed, tmp_path):
     def signal_at(report):
         if report.step == step:

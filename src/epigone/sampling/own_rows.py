@@ -172,9 +172,10 @@ def _chosen(how: Writing, logits: tuple[jax.Array, ...], key_data_B: jax.Array) 
 def limited(how: Writing, student_BV: jax.Array, teacher_BV: jax.Array | None = None) -> jax.Array:
     """Logits [B, V] of the distribution that is drawn from: mixed at the temperature, then cut to top_k and top_p."""
     switch = switches(how.knobs)
-    logits_BV = processors.temperature(student_BV, how.knobs.temperature)
+    heated = partial(processors.temperature, value=how.knobs.temperature)
+    logits_BV = heated(student_BV)
     if teacher_BV is not None:
-        own_BV, known_BV = map(jax.nn.log_softmax, (logits_BV, processors.temperature(teacher_BV, how.knobs.temperature)))
+        own_BV, known_BV = jax.nn.log_softmax(logits_BV), jax.nn.log_softmax(heated(teacher_BV))
         shares = jnp.log(jnp.array([1.0 - how.teacher_share, how.teacher_share]))
         logits_BV = jnp.logaddexp(shares[0] + own_BV, shares[1] + known_BV)
     if switch.top_k:

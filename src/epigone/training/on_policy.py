@@ -41,9 +41,9 @@ class OnPolicy:
         temperature: divides the logits before sampling.
         top_k: sample among the k most probable tokens only; 0 is off.
         top_p: sample in the smallest set that holds this probability; 1 is off.
-        teacher_share: share m of the teacher where tokens are drawn from m P + (1 - m) S (Gu et al. 2024, eq. 4: alpha).
-        importance: weigh each drawn token by S / (the probability that it was drawn with), as Gu et al. 2024 (w in
-            eq. 5, of one step) do.
+        teacher_share: share m of the teacher where tokens are drawn from m P + (1 - m) S (alpha of Gu et al. 2024).
+        importance: the weight of a drawn token is S / (the probability with which it was drawn), S at temperature 1;
+            the importance weight of Gu et al. 2024, taken of one token as there, not of all before it.
         replay: own batches that are kept.
         reuse: steps that an own batch serves, on average: one is written at every such own step, and the others take
             one of those that are kept. 1: always a new one.
