@@ -122,6 +122,7 @@ class Lesson:
 
     def __post_init__(self) -> None:
         learns = self.text or self.teacher or self.start_from or self.objective or self.training or self.weights
+        learns = learns or self.on_policy
         if self.source and learns:
             raise UserError(
                 f"a node of '{self.source.path}' has its weights: it takes no text, teacher, start_from or training"
