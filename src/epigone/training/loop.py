@@ -23,7 +23,8 @@ from epigone.teachers import Teacher, check_compatible
 from epigone.training.checkpoint import Checkpointer
 from epigone.training.config import Hardware, Training
 from epigone.training.metrics import Clock, Events, Progress, StepReport
-from epigone.training.on_policy import TEXT_ONLY, OnPolicy, OwnTexts
+from epigone.training.on_policy import TEXT_ONLY, OnPolicy
+from epigone.training.own_texts import OwnTexts
 from epigone.training.sharding import check_divisible, to_mesh
 from epigone.training.step import programs
 from epigone.training.stopping import StopRequest

@@ -1,4 +1,4 @@
-"""Learning from one's own texts: which steps do, how the texts are written, and what is kept of them for later steps.
+"""Learning from one's own texts: how much, how they are written, and what does not fit.
 
 Generalised knowledge distillation (Agarwal et al. 2024): at a share of the steps the batch is not text but what the
 student itself writes, with its weights of that step, and the teacher scores that. Prompts are the beginnings of the
@@ -6,28 +6,12 @@ documents in the step's own batch of text.
 """
 
 from dataclasses import dataclass
-from typing import Any
-
-import jax
-import jax.numpy as jnp
-import numpy as np
-from jax.sharding import Mesh, NamedSharding
-from jax.sharding import PartitionSpec as P
 
 from epigone.errors import UserError
 from epigone.lessons.objective import Objective
 from epigone.lessons.policy_gradient import reads_targets
-from epigone.models import decoder
-from epigone.models.config import DecoderConfig
 from epigone.sampling.loop import Knobs, switches
-from epigone.sampling.own_rows import Given, Writing, write_rows
-from epigone.teachers import Batch, Teacher
-from epigone.teachers.in_memory import DecoderStates, fetched_logits
 from epigone.training.config import Training
-from epigone.training.sharding import to_mesh
-
-PURPOSE = 0x0E1F
-"""Folded into the seed: own texts draw other numbers than anything else of the run."""
 
 
 @dataclass(frozen=True)
@@ -136,98 +120,15 @@ def _check_drawn(how: OnPolicy, objective: Objective) -> None:
         )
 
 
-class OwnTexts:
-    """The own batches of one training run.
-
-    Attributes:
-        kept: those that later steps may take again, [1, B, T] on all devices; part of a checkpoint.
-    """
-
-    def __init__(
-        self,
-        how: OnPolicy,
-        model: DecoderConfig,
-        training: Training,
-        objective: Objective,
-        teacher: Teacher | None,
-        seed: int,
-        mesh: Mesh,
-    ) -> None:
-        """Args: as `train` has them. Raises UserError as `check_on_policy` does, and for what cannot be written."""
-        scores: Any = getattr(teacher, "scores", None)
-        decodes = isinstance(scores, DecoderStates)
-        check_on_policy(how, objective, None if teacher is None else decodes)
-        if how.share and not decodes and scores is not fetched_logits:
-            raise UserError(
-                "on_policy: the teacher has scores of some texts only, and own texts are new: take a teacher that is "
-                "in memory and reads every batch"
-            )
-        if how.share and how.prompt_tokens >= training.sequence_length:
-            raise UserError(
-                f"on_policy: prompt_tokens={how.prompt_tokens} leaves nothing to write in a row of "
-                f"{training.sequence_length} tokens: shorten the prompts or lengthen the rows"
-            )
-        self._how, self._seed, self._mesh, self._training, self._teacher = how, seed, mesh, training, teacher
-        mixed = scores.config if decodes and how.teacher_share else None
-        sizes = (how.prompt_tokens, how.max_new)
-        self._writing = Writing(model, mixed, how.teacher_share, *sizes, how.knobs, how.importance)
-        self._model, self._turns = model, [0]
-        self.kept = [_empty(training, mesh) for _ in range(how.replay)]
-
-    def is_own(self, step: int) -> bool:
-        """Whether this step learns from own texts. It follows from seed and step alone."""
-        return bool(self._number(step, 0) < self._how.share)
-
-    def batch(self, step: int, given: Batch, params: Any, teacher_params: Any) -> Batch:
-        """The batch of a step: the given one, one that is written now, or one that is kept.
-
-        Args: step, from 1; this process's part of its text; the weights of the student and of its teacher.
-        Returns: this process's part.
-        """
-        if not self.is_own(step):
-            return given
-        turn = self._turn(step)
-        written = turn // self._how.reuse + 1
-        if turn % self._how.reuse:
-            choice = int(self._number(step, 1) * min(written, self._how.replay))
-            return self._part(self.kept[(written - 1 - choice) % self._how.replay], given)
-        rows = Given(given.tokens_BT, given.targets_BT, given.segments_BT)
-        fresh = Batch(*self._write(params, teacher_params, rows, step))
-        if self.kept:
-            self.kept[(written - 1) % self._how.replay] = fresh
-        return self._part(fresh, given)
-
-    def flops(self, steps: int) -> int:
-        """Floating-point operations of writing in these steps: one forward pass a column of a row, of each model."""
-        written = -(-(self._turn(steps) + self.is_own(steps)) // self._how.reuse)
-        length = self._training.sequence_length
-        each = decoder.flops_per_token(self._model, length, training=False)
-        each += self._teacher.flops_per_token(length) if self._teacher and self._writing.teacher else 0
-        return written * self._training.batch_size * length * each
-
-    def _write(self, params: Any, teacher_params: Any, rows: Given, step: int) -> tuple[jax.Array, ...]:
-        whole = Given(*(x[0] for x in to_mesh(rows, 1, self._mesh)))
-        return write_rows(self._writing, params, teacher_params, whole, np.uint32(self._seed), np.uint32(step))
-
-    def _part(self, whole: Batch, given: Batch) -> Batch:
-        """This process's rows, on the host."""
-        rows = len(given.tokens_BT)
-        first = jax.process_index() * rows
-        return Batch(*(np.asarray(x)[first : first + rows] for x in whole))
-
-    def _number(self, step: int, which: int) -> float:
-        """Numbers from 0 to 1 of a step: of its kind, and of its choice among those that are kept."""
-        return np.random.default_rng([self._seed, PURPOSE, step]).random(2)[which]
-
-    def _turn(self, step: int) -> int:
-        """Own steps before this one."""
-        for s in range(len(self._turns), step):
-            self._turns.append(self._turns[-1] + self.is_own(s))
-        return self._turns[step - 1]
-
-
-def _empty(training: Training, mesh: Mesh) -> Batch:
-    """A place for a batch, on all devices."""
-    shape, whole = (training.batch_size, training.sequence_length), NamedSharding(mesh, P())
-    kinds = (jnp.int32, jnp.int32, jnp.float32, jnp.int32, jnp.int32)
-    return Batch(*(jnp.zeros(shape, kind, device=whole) for kind in kinds))
+def check_run(how: OnPolicy, training: Training, reads: bool) -> None:
+    """Refuse a teacher that cannot read what is new, and prompts that fill a row."""
+    if not reads:
+        raise UserError(
+            "on_policy: the teacher has scores of some texts only, and own texts are new: take a teacher that is in "
+            "memory and reads every batch"
+        )
+    if how.prompt_tokens >= training.sequence_length:
+        raise UserError(
+            f"on_policy: prompt_tokens={how.prompt_tokens} leaves nothing to write in a row of "
+            f"{training.sequence_length} tokens: shorten the prompts or lengthen the rows"
+        )

@@ -20,7 +20,8 @@ from epigone.models.sharding import make_mesh
 from epigone.sampling.own_rows import write_rows
 from epigone.teachers.in_memory import DecoderTeacher, NGramTeacher
 from epigone.training.config import Hardware
-from epigone.training.on_policy import OnPolicy, OwnTexts
+from epigone.training.on_policy import OnPolicy
+from epigone.training.own_texts import OwnTexts
 
 BIG = replace(MODEL, model_size=24)
 
