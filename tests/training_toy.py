@@ -1,14 +1,19 @@
 """A model, a text and a training that take a second."""
 
+from dataclasses import replace
 from typing import NamedTuple
 
 import jax
 import numpy as np
 
-from epigone.lessons.objective import TEXT_ALONE
+from epigone.lessons.divergences import reverse_kl
+from epigone.lessons.objective import TEXT_ALONE, Objective
+from epigone.models import decoder
 from epigone.models.config import DecoderConfig
+from epigone.teachers.in_memory import DecoderTeacher
 from epigone.training.config import Training
 from epigone.training.loop import train
+from epigone.training.on_policy import OnPolicy
 from epigone.training.optimizer import Optimizer
 
 MODEL = DecoderConfig(vocab_size=64, layers=2, model_size=16, heads=2, kv_heads=2, max_length=16)
@@ -30,7 +35,8 @@ class Counting:
 
     def __init__(self, batch_size=8, length=16, process_index=0, process_count=1):
         self.batch_size, self.length = batch_size, length
-        self.part = slice(process_index, None, process_count)
+        share = batch_size // process_count
+        self.part = slice(process_index * share, (process_index + 1) * share)
 
     def batch(self, step):
         random = np.random.default_rng([7, step])
@@ -57,6 +63,20 @@ def run(directory, *, model=MODEL, training=TRAINING, objective=TEXT_ALONE, batc
     batches = batches or Counting(training.batch_size, training.sequence_length)
     given = {"seed": 0, "identity": "0123456789abcdef", "key": "toy@0"} | given
     return train(model, training, objective, batches, directory=directory, **given)
+
+
+def own_texts(**changes):
+    """What makes a run one on its own texts, with a replay and a teacher that takes a hand in writing."""
+    big = replace(MODEL, model_size=24)
+    how = {"share": 0.7, "prompt_tokens": 2, "max_new": 6, "teacher_share": 0.3, "importance": True}
+    how |= {"replay": 2, "reuse": 2} | changes
+    # Seeds of no meaning: a teacher that is sure of something, so that there is much to learn.
+    params = jax.tree.map(lambda w: 3 * w, decoder.init(big, 5))
+    return {
+        "objective": Objective(reverse_kl),
+        "teacher": DecoderTeacher(big, params, "id"),
+        "on_policy": OnPolicy(**how),
+    }
 
 
 def losses(trained):

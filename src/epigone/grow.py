@@ -182,6 +182,7 @@ def _train(node: Node, materials: Materials, hardware: Hardware, view: View) -> 
 
     from epigone.models.decoder import parameter_count
     from epigone.training import checkpoint, loop
+    from epigone.training.on_policy import TEXT_ONLY
 
     lesson, identity = node.lesson, materials.store.lineage.identities[node.key]
     tokenizer = materials.tokenizer(node.tokenizer)
@@ -203,6 +204,7 @@ def _train(node: Node, materials: Materials, hardware: Hardware, view: View) -> 
         seed=seed_of(recipe, "train"),
         identity=identity,
         teacher=teacher,
+        on_policy=lesson.on_policy or TEXT_ONLY,
         initial_params=start if lesson.start_from else None,
         hardware=hardware,
         directory=directory / "training",

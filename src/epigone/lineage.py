@@ -109,6 +109,7 @@ class Lesson:
         source: files with the weights; such a node learns nothing, and has no text.
         objective: what is minimised, a config of `epigone.lessons.objective`; None for models that count.
         training: steps, batch, optimizer, a config of `epigone.training.loop`; None for models that count.
+        on_policy: which steps learn from the student's own texts, a config of `epigone.training.on_policy`; None: none.
         validation: held-out text on which a model that counts tunes its count scale; None does not tune.
     """
 
@@ -122,6 +123,7 @@ class Lesson:
     source: Pretrained | None = None
     objective: Any = None
     training: Any = None
+    on_policy: Any = None
     validation: Text | None = None
 
     @property
@@ -133,12 +135,15 @@ class Lesson:
 
     def __post_init__(self) -> None:
         learns = self.text or self.teacher or self.start_from or self.objective or self.training or self.weights
+        learns = learns or self.on_policy
         if self.source and learns:
             raise UserError(
                 f"a node of '{self.source.path}' has its weights: it takes no text, teacher, start_from or training"
             )
         if self.inherit and not self.start_from:
             raise UserError("a lesson says what to inherit and from nobody: name the node with start_from")
+        if self.on_policy and not (self.teacher and self.training):
+            raise UserError("a lesson has on_policy, own texts, and no teacher or no training: name both")
 
 
 @dataclass(frozen=True)

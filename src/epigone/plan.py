@@ -23,7 +23,7 @@ class PlannedNode:
         parents: keys of its parents.
         parameters: weights of the model.
         tokens: tokens that it learns from, counted once a pass (an upper bound: packing leaves some padding).
-        flops: floating-point operations of training, those of the teacher's scores included.
+        flops: floating-point operations of training, of the teacher's scores and of writing own texts.
         memory: estimated bytes while it is grown.
     """
 
@@ -70,13 +70,17 @@ def _plan_decoder(row: PlannedNode, node: Node, lineage: Lineage, materials: Mat
     per_token, memory = flops_per_token(config, length, training=True), 16 * parameter_count(config)
     logits = 4 * training.batch_size * length * config.vocab_size
     memory += 3 * logits
+    own = node.lesson.on_policy
+    per_token += own.written_share * flops_per_token(config, length, training=False) if own else 0
     for teacher in (lineage[key] for key in node.lesson.teachers):
         if isinstance(teacher.model, NGram):
             continue
         teaching = sized(teacher, materials)
-        per_token += flops_per_token(teaching, length, training=False)
+        mixed = own.written_share if own and own.teacher_share else 0
+        per_token += (1 + mixed) * flops_per_token(teaching, length, training=False)
         memory += 4 * parameter_count(teaching) + logits
-    return replace(row, parameters=parameter_count(config), tokens=tokens, flops=tokens * per_token, memory=memory)
+    flops = round(tokens * per_token)
+    return replace(row, parameters=parameter_count(config), tokens=tokens, flops=flops, memory=memory)
 
 
 def sized(node: Node, materials: Materials) -> Any:

@@ -18,6 +18,7 @@ def check_teacher(node: Node, materials: Materials) -> None:
     """Refuse teachers that are missing, not needed, or of another tokenizer, before anything is grown."""
     from epigone.teachers import check_kept, check_needed
     from epigone.teachers.ensemble import Ensemble
+    from epigone.training.on_policy import TEXT_ONLY, check_on_policy
 
     lesson = node.lesson
     check_needed(lesson.objective, bool(lesson.teachers))
@@ -27,6 +28,9 @@ def check_teacher(node: Node, materials: Materials) -> None:
     if lesson.ensemble or len(lesson.teachers) > 1:
         (lesson.ensemble or Ensemble()).check(lesson.teachers, len(lesson.text))
     check_kept(lesson.objective, lesson.scores)
+    models = [materials.store.lineage[key].model for key in lesson.teachers]
+    decodes = len(models) == 1 and not isinstance(models[0], NGram)
+    check_on_policy(lesson.on_policy or TEXT_ONLY, lesson.objective, decodes if models else None)
     for key in lesson.teachers:
         teacher = materials.store.lineage[key]
         theirs, ours = (materials.tokenizer(config) for config in (teacher.tokenizer, node.tokenizer))

@@ -1,6 +1,7 @@
 """A training run in a process of its own, which can be killed, or be one of several.
 
 python child.py DIRECTORY [--kill STEP] [--terminate STEP] [--process INDEX COUNT PORT] [--every STEPS] [--pace SECONDS]
+    [--own]
 """
 
 import argparse
@@ -21,6 +22,7 @@ parser.add_argument("--terminate", type=int)
 parser.add_argument("--every", type=int, default=1)
 parser.add_argument("--pace", type=float, default=0.0)
 parser.add_argument("--process", type=int, nargs=3, metavar=("INDEX", "COUNT", "PORT"), default=(0, 1, 0))
+parser.add_argument("--own", action="store_true", help="learn from own texts")
 given = parser.parse_args()
 index, count, port = given.process
 
@@ -33,7 +35,7 @@ if count > 1:
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     jax.distributed.initialize(f"localhost:{port}", count, index)
 
-from training_toy import Counting, measures, run  # noqa: E402
+from training_toy import Counting, measures, own_texts, run  # noqa: E402
 
 from epigone.training.config import Hardware  # noqa: E402
 from epigone.training.loop import Stopped  # noqa: E402
@@ -53,6 +55,7 @@ try:
         batches=Counting(process_index=index, process_count=count),
         hardware=Hardware(data=count, checkpoint_every_seconds=None, checkpoint_every_steps=given.every),
         on_step=at_step,
+        **(own_texts() if given.own else {}),
     )
     print(json.dumps(measures(trained)))
 except Stopped as stopped:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from training_toy import losses, measures, run, weights
+from training_toy import losses, measures, own_texts, run, weights
 
 CHILD = Path(__file__).with_name("child.py")
 
@@ -19,6 +19,11 @@ CHILD = Path(__file__).with_name("child.py")
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory):
     return run(tmp_path_factory.mktemp("undisturbed"))
+
+
+@pytest.fixture(scope="module")
+def own_undisturbed(tmp_path_factory):
+    return run(tmp_path_factory.mktemp("own"), **own_texts())
 
 
 def start(directory, *arguments):
@@ -77,3 +82,29 @@ def test_two_processes_give_the_curve_of_one(undisturbed, tmp_path):
         assert "student_ece" in points[0]
         for point, wanted in zip(points, measures(undisturbed), strict=True):
             assert point == pytest.approx(wanted, rel=1e-4)
+
+
+def test_a_killed_run_on_own_texts_goes_on_to_the_bit_with_its_replay(own_undisturbed, tmp_path):
+    step = random.randrange(7, 12)
+    code, _, errors = end(start(tmp_path, "--own", "--kill", step, "--every", 1))
+    assert code == -signal.SIGKILL, errors
+    seen = []
+    resumed = run(tmp_path, on_step=lambda report: seen.append(report.step), **own_texts())
+    assert 1 < seen[0] <= step + 1
+    assert losses(resumed) == losses(own_undisturbed)
+    for name, wanted in weights(own_undisturbed).items():
+        np.testing.assert_array_equal(weights(resumed)[name], wanted, err_msg=f"{name}, killed at step {step}")
+
+
+def test_two_processes_write_what_one_does_and_one_goes_on_from_them(own_undisturbed, tmp_path):
+    port = free_port()
+    both = [
+        start(tmp_path, "--own", "--process", i, 2, port, "--terminate", 99 if i else 4, "--pace", 0.5) for i in (0, 1)
+    ]
+    ends = [end(process) for process in both]
+    assert [code for code, _, _ in ends] == [0, 0], "\n".join(errors for _, _, errors in ends)
+    assert "stopped at step" in json.loads(ends[0][1].splitlines()[-1])
+    seen = []
+    resumed = run(tmp_path, on_step=lambda report: seen.append(report.step), **own_texts())
+    assert seen[0] > 4
+    np.testing.assert_allclose(losses(resumed), losses(own_undisturbed), rtol=1e-4)

@@ -13,6 +13,7 @@ from epigone.lessons.divergences import Divergence, cross_entropy, forward_kl
 from epigone.lessons.ensemble import Several, combined
 from epigone.lessons.schedules import Schedule, at_step, ends
 from epigone.lessons.sparse import Sparse, sparse_divergence
+from epigone.lessons.policy_gradient import with_targets
 from epigone.lessons.terms import on_cut_rows
 
 
@@ -21,7 +22,8 @@ class Objective:
     """(1 - hard_weight) * divergence(student, teacher) + hard_weight * cross_entropy(student, text), per token.
 
     Attributes:
-        divergence: function of student and teacher logits, from `epigone.lessons.divergences`.
+        divergence: function of student and teacher logits, from `epigone.lessons.divergences`, or of the token that the
+            student drew, from `epigone.lessons.policy_gradient`.
         temperature: divides both sets of logits in the divergence; the cross-entropy is always at 1. A number, or a
             schedule of `epigone.lessons.schedules`.
         temperature_squared: multiply the divergence by temperature^2 (Hinton et al. 2015).
@@ -76,7 +78,7 @@ class Objective:
             raise UserError(f"objective: {self} changes with the steps: say at which, with knobs(step)")
         if isinstance(teacher, Several):
             teacher = combined(teacher, targets_BT, temperature, vocab_axis)
-        divergence: Callable[..., Any] = on_cut_rows(self.divergence, vocab_axis)
+        divergence: Callable[..., Any] = on_cut_rows(with_targets(self.divergence, targets_BT), vocab_axis)
         if isinstance(teacher, Sparse):
             divergence = partial(sparse_divergence, self.divergence, vocab_axis=vocab_axis)
         soft_BT = divergence(

@@ -23,6 +23,8 @@ from epigone.teachers import Teacher, check_compatible
 from epigone.training.checkpoint import Checkpointer
 from epigone.training.config import Hardware, Training
 from epigone.training.metrics import Clock, Events, Progress, StepReport
+from epigone.training.on_policy import TEXT_ONLY, OnPolicy
+from epigone.training.own_texts import OwnTexts
 from epigone.training.sharding import check_divisible, to_mesh
 from epigone.training.step import programs
 from epigone.training.stopping import StopRequest
@@ -38,7 +40,7 @@ class Trained:
     Attributes:
         params: the weights on the mesh: the averaged ones where the training has an ema_decay.
         tokens: targets trained on, each by its weight.
-        flops: floating-point operations of student and teacher, padding included, recomputation not.
+        flops: floating-point operations of student and teacher, of own texts and padding too, of recomputation not.
         curve: points with step, tokens, seconds, the mean loss, gradient_norm and learning_rate since the last one, and
             tokens_per_second, flops_per_second and mfu (`epigone.training.utilisation`). Then what
             `epigone.lessons.comparison` says of the last step's batch under the weights before it, which are those
@@ -63,6 +65,7 @@ def train(
     identity: str,
     directory: Path,
     teacher: Teacher | None = None,
+    on_policy: OnPolicy = TEXT_ONLY,
     initial_params: Callable[[], Any] | None = None,
     hardware: Hardware = Hardware(),
     on_step: Callable[[StepReport], None] | None = None,
@@ -79,6 +82,7 @@ def train(
         identity: of the node; a checkpoint of another one is refused.
         directory: for checkpoints and TensorBoard events.
         teacher: gives scores, where the objective needs them.
+        on_policy: which steps learn from the student's own texts, and how these are written.
         initial_params: gives weights to start from instead of random ones; asked only where no checkpoint is found.
         hardware: mesh, micro-batches, how often to write a checkpoint.
         on_step: called with each finished step, while the next one runs.
@@ -93,6 +97,7 @@ def train(
     mesh = make_mesh(hardware.data, hardware.fsdp, hardware.tensor)
     check_divisible(training.batch_size, hardware.microbatches, mesh)
     check_compatible(objective, teacher, vocab_size=model.vocab_size)
+    own = OwnTexts(on_policy, model, training, objective, teacher, seed, mesh)
     several, first = jax.process_count() > 1, jax.process_index() == 0
     key = key or identity
     per_token = decoder.flops_per_token(model, training.sequence_length, training=True)
@@ -103,9 +108,10 @@ def train(
         # -------------------------------------------------------------- the state: a checkpoint's, or a new one
         begin, run_step = (program := programs(model, training, objective, teacher, mesh)).begin, program.step
         checkpoints = Checkpointer(directory / "checkpoints", identity)
-        restored = checkpoints.restore(_abstract(begin, decoder.abstract(model), mesh))
+        restored = checkpoints.restore(_abstract(begin, decoder.abstract(model), mesh) | {"own": own.kept})
         if restored is not None:
             state, about = restored
+            own.kept = state.pop("own")
             progress = Progress(**about)
         else:
             params = decoder.init(model, seed) if initial_params is None else _placed(initial_params(), model)
@@ -139,7 +145,7 @@ def train(
 
         try:
             for step in range(start + 1, training.steps + 1):
-                batch = next(stream)
+                batch = own.batch(step, next(stream), state["params"], teacher_params)
                 fetched = teacher.fetch(batch) if teacher else {}
                 batch, fetched = to_mesh((batch, fetched), hardware.microbatches, mesh)
                 # Before the step, which takes the state away. Read with the step's metrics, so nothing waits for it.
@@ -155,7 +161,7 @@ def train(
                     # Its own metrics first: a state that is not finite never becomes a checkpoint.
                     finished(*running)
                     running = None
-                    checkpoints.save(step, state, asdict(progress))
+                    checkpoints.save(step, state | {"own": own.kept}, asdict(progress))
                     saved_at = time.monotonic()
                     if stopping:
                         checkpoints.wait()
@@ -171,7 +177,7 @@ def train(
     return Trained(
         params=state["params"] if training.ema_decay is None else state["ema"],
         tokens=round(progress.tokens),
-        flops=step_flops * training.steps,
+        flops=step_flops * training.steps + own.flops(training.steps),
         curve=progress.curve,
         seconds=progress.seconds,
     )
