@@ -83,6 +83,24 @@ def test_rows_are_packed_texts_that_go_on_from_the_given_beginnings(name):
             assert (drawn < config.vocab_size).all()
 
 
+@pytest.mark.parametrize("name", VARIANTS)
+def test_what_is_read_while_writing_is_what_training_reads_of_the_rows(name):
+    """The ratio of the probabilities at two temperatures, from the cache and from the forward pass over packed rows."""
+    config = VARIANTS[name]
+    rows = given([row for row in DOCUMENTS if row and max(map(len, row)) < 12], min(16, config.max_length))
+    how = Writing(config, None, 0.0, 1, 5, Knobs(temperature=0.5), True)
+    tokens, targets, weights, positions, segments = written(how, rows)
+    logits = forward(config, spread_params(config), tokens, positions, segments)
+    scores = [
+        np.take_along_axis(np.asarray(jax.nn.log_softmax(x)), targets[..., None], 2)[..., 0]
+        for x in (logits, logits / 0.5)
+    ]
+    drawn = weights > 0
+    assert len(np.unique(segments)) > 2
+    np.testing.assert_allclose(np.log(weights[drawn]), (scores[0] - scores[1])[drawn], atol=3e-5)
+    assert np.ptp(np.log(weights[drawn])) > 0.1
+
+
 def test_a_piece_that_goes_on_from_another_row_is_continued_without_a_bos():
     rows = Given(*(np.array([row], np.int32) for row in ([8, 9, 10, 11], [9, 10, 11, 12], [1] * 4)))
     tokens, targets, weights, *_ = written(Writing(LLAMA, None, 0.0, 2, 9, Knobs(), False), rows)

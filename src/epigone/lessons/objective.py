@@ -11,9 +11,9 @@ from jaxtyping import Array, Float, Int
 from epigone.errors import UserError
 from epigone.lessons.divergences import Divergence, cross_entropy, forward_kl
 from epigone.lessons.ensemble import Several, combined
+from epigone.lessons.policy_gradient import with_targets
 from epigone.lessons.schedules import Schedule, at_step, ends
 from epigone.lessons.sparse import Sparse, sparse_divergence
-from epigone.lessons.policy_gradient import with_targets
 from epigone.lessons.terms import on_cut_rows
 
 

@@ -3,10 +3,10 @@
     E over y drawn from S of  (log S(y) - log P(y)) grad log S(y)  =  grad KL(S || P)
 
 since the expectation of grad log S(y) is 0. On a text that the student wrote, the estimate of one token has the
-expected gradient of `reverse_kl` at the same place: the single step of MiniLLM (Gu et al. 2024, section 2.2), where
-the reward is log P(y) - log S(y). What a token does to the rewards after it is left out, as there is no term for it in
-any divergence here either. It needs two numbers of the teacher a token, where `reverse_kl` needs the vocabulary, and
-its variance is the price.
+expected gradient of `reverse_kl` at the same place. It is the single-step part of MiniLLM's gradient (Gu et al. 2024,
+section 2.2; the reward is log P(y) - log S(y)) by one draw, where MiniLLM sums it over the vocabulary. What a token
+does to the rewards after it is left out, as there is no term for it in any divergence here either. It needs two
+numbers of the teacher a token, where `reverse_kl` needs the vocabulary, and its variance is the price.
 """
 
 import inspect
