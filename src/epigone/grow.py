@@ -13,6 +13,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from epigone import __version__
 from epigone.data.pipeline import Batches, Rows, pack
 from epigone.errors import UserError
 from epigone.identity import canonical, fingerprint
@@ -229,7 +230,7 @@ def _circumstances() -> dict[str, Any]:
     commit = _git_commit()
     return {
         **({"git_commit": commit} if commit else {}),
-        "versions": {name: version(name) for name in ("epigone", "jax", "flax", "optax", "numpy")},
+        "versions": {"epigone": __version__, **{name: version(name) for name in ("jax", "flax", "optax", "numpy")}},
         "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
         "host": platform.node(),
         "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
