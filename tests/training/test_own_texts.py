@@ -245,7 +245,6 @@ def drawn(**fields):
         (drawn(teacher_share=0.5), "set importance=True"),
         (drawn() | {"objective": Objective(sampled_reverse_kl, temperature=2.0)}, "temperature=1 of the objective"),
     ],
-    ids=str,
 )
 def test_what_does_not_fit_is_refused_before_the_first_step(changes, line, tmp_path):
     with pytest.raises(UserError, match=line) as refused:
