@@ -61,15 +61,16 @@ def _plan_node(node: Node, lineage: Lineage, store: Store, materials: Materials)
 
 
 def _plan_decoder(row: PlannedNode, node: Node, lineage: Lineage, materials: Materials) -> PlannedNode:
-    """Training takes 16 bytes a weight (weight, gradient, two moments), 4 a weight of the teacher, and the logits."""
+    """Training takes 16 bytes a weight (gradient and moments too), 4 a weight of a teacher, and a chunk of logits."""
+    from epigone.lessons.chunks import LOGITS_BYTES
     from epigone.models.decoder import flops_per_token, parameter_count
 
     training, config = node.lesson.training, sized(node, materials)
     length = training.sequence_length
     tokens = training.steps * training.batch_size * length
     per_token, memory = flops_per_token(config, length, training=True), 16 * parameter_count(config)
-    logits = 4 * training.batch_size * length * config.vocab_size
-    memory += 3 * logits
+    logits = min(LOGITS_BYTES, 4 * training.batch_size * length * config.vocab_size)
+    memory += logits
     own = node.lesson.on_policy
     per_token += own.written_share * flops_per_token(config, length, training=False) if own else 0
     for teacher in (lineage[key] for key in node.lesson.teachers):
