@@ -18,7 +18,9 @@ from epigone.models import decoder
 from epigone.models.ngram import NGram, NGramModel
 from epigone.models.sharding import make_mesh
 from epigone.sampling.own_rows import write_rows
+from epigone.teachers.cached import CachedTeacher
 from epigone.teachers.in_memory import DecoderTeacher, NGramTeacher
+from epigone.teachers.kept import TopK
 from epigone.training.config import Hardware
 from epigone.training.on_policy import OnPolicy
 from epigone.training.own_texts import OwnTexts
@@ -264,14 +266,6 @@ def test_a_teacher_that_cannot_write_or_read_is_refused(tmp_path):
     with pytest.raises(UserError, match=r"teacher_share=0\.3 draws tokens from the teacher.*is no decoder"):
         run(tmp_path, **(own_texts() | {"teacher": counts}))
 
-    class Kept(DecoderTeacher):
-        """Has scores of some texts."""
-
-        def __init__(self, *given):
-            super().__init__(*given)
-            self.scores = lambda params, batch, fetched: fetched["kept"]
-
-    teacher = Kept(BIG, decoder.init(BIG, 0), "id")
+    teacher = CachedTeacher(TopK(4), tmp_path / "scores", vocab_size=MODEL.vocab_size)
     with pytest.raises(UserError, match="has scores of some texts only, and own texts are new"):
         run(tmp_path, **(own_texts(teacher_share=0.0) | {"teacher": teacher}))
-    assert jax.tree.leaves(teacher.params)
