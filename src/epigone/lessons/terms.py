@@ -24,13 +24,19 @@ from epigone.errors import UserError
 FLOOR = -1e9
 
 
+def widened(x: jax.Array) -> jax.Array:
+    """In float32 (float64 stays), rounded to what the narrower type claims to be."""
+    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    if wide.dtype != x.dtype:
+        # XLA may skip the rounding of an intermediate bfloat16 on one side only; then identical numbers would differ.
+        info = jnp.finfo(x.dtype)
+        wide = jax.lax.reduce_precision(wide, exponent_bits=info.nexp, mantissa_bits=info.nmant)
+    return wide
+
+
 def floored(logits: jax.Array, temperature: float | jax.Array) -> jax.Array:
     """logits / temperature in float32 (float64 for float64 logits), at least -1e9."""
-    wide = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
-    if wide.dtype != logits.dtype:
-        # XLA may skip the rounding of an intermediate bfloat16 on one side only; then identical logits would differ.
-        info = jnp.finfo(logits.dtype)
-        wide = jax.lax.reduce_precision(wide, exponent_bits=info.nexp, mantissa_bits=info.nmant)
+    wide = widened(logits)
     plain = isinstance(temperature, int | float) and temperature == 1.0
     return jnp.maximum(wide if plain else wide / temperature, FLOOR)
 
@@ -139,6 +145,11 @@ def total(
     # Rounding may leave -1e-9. The clamp is not differentiated: the gradient must not vanish with it.
     total_BT += jax.lax.stop_gradient(jnp.maximum(total_BT, 0.0) - total_BT)
     return total_BT * temperature**2 if temperature_squared else total_BT
+
+
+def difference_of(x: jax.Array, y: jax.Array) -> jax.Array:
+    """x - y, which is 0 at x = y by decree: what is subtracted may be a product that is rounded on one side only."""
+    return jnp.where(x == y, 0.0, x - y)
 
 
 def difference(log_p: jax.Array, log_q: jax.Array) -> jax.Array:
