@@ -17,7 +17,7 @@ from epigone import __version__
 from epigone.data.pipeline import Batches, Rows, pack
 from epigone.errors import UserError
 from epigone.identity import canonical, fingerprint
-from epigone.lineage import Lineage, Node, Text, TrainedTokenizer
+from epigone.lineage import Lineage, Node, Text, TrainedTokenizer, Written
 from epigone.materials import Materials, count_tokens, fill, seed_of
 from epigone.measure import measured
 from epigone.models.language_model import Document
@@ -88,6 +88,9 @@ def _check(nodes: list[Node], materials: Materials) -> None:
     for node in nodes:
         lesson = node.lesson
         texts += [source for source in lesson.text if isinstance(source, Text)]
+        for source in lesson.text:
+            if isinstance(source, Written):
+                materials.check_written(source)
         texts += [lesson.validation] if lesson.validation else []
         texts += [node.tokenizer.text] if isinstance(node.tokenizer, TrainedTokenizer) else []
         if isinstance(node.model, NGram):
@@ -120,11 +123,15 @@ def _grow_node(node: Node, materials: Materials, hardware: Hardware, view: View)
     """Learn the lesson and leave the model in the node's directory; the record, but for what is measured."""
     started = time.monotonic()
     store = materials.store
+    texts = dict.fromkeys(source for source in node.lesson.text if isinstance(source, Written))
+    unwritten = [source for source in texts if not store.written(source).exists()]
     if node.lesson.source:
         view.stage("import")
         learned = import_weights(node, materials, hardware)
     else:
         learned = (_count if isinstance(node.model, NGram) else _train)(node, materials, hardware, view)
+    if writing := sum(materials.card(source).get("flops", 0) for source in unwritten):
+        learned["flops"] = learned.get("flops", 0) + writing
     record = {
         "key": node.key,
         "name": node.name,

@@ -12,16 +12,20 @@ from typing import Any
 
 from epigone.errors import Fault, UserError
 
+WHERE_SET = "where it is set"
+"""Metadata `identity` of a field that came later: with its default, configs have the identity that they had before."""
+
 
 def canonical(value: Any, whole: bool = True) -> Any:
     """A config as plain JSON values: the same for equal configs, in every process and on every machine.
 
     Dataclasses become objects with their type's name, functions their qualified name, partials their function and
     arguments. Everything else that is not plain data is refused, since its identity would not be stable. Fields with
-    the metadata `identity=False`, such as labels and paths, are left out unless the `whole` is asked for.
+    the metadata `identity=False`, such as labels and paths, are left out unless the `whole` is asked for; those with
+    `identity=WHERE_SET` where they have their default.
     """
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        kept = [f.name for f in dataclasses.fields(value) if whole or f.metadata.get("identity", True)]
+        kept = [f.name for f in dataclasses.fields(value) if whole or _counts(f, getattr(value, f.name))]
         fields = {name: canonical(getattr(value, name), whole) for name in kept}
         return {"type": f"{type(value).__module__}:{type(value).__qualname__}", **fields}
     if isinstance(value, functools.partial):
@@ -41,6 +45,11 @@ def canonical(value: Any, whole: bool = True) -> Any:
     if callable(value) and "<" not in name:
         return f"{value.__module__}:{name}"
     raise UserError(f"a config cannot hold {value!r}: use plain values, dataclasses, and functions that have a name")
+
+
+def _counts(field: dataclasses.Field[Any], value: Any) -> bool:
+    how = field.metadata.get("identity", True)
+    return bool(value != field.default if how == WHERE_SET else how)
 
 
 def fingerprint(value: Any) -> str:

@@ -13,7 +13,7 @@ from functools import cached_property
 from typing import Any
 
 from epigone.errors import UserError
-from epigone.identity import fingerprint
+from epigone.identity import WHERE_SET, fingerprint
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,10 @@ class Text:
 
 @dataclass(frozen=True)
 class Written:
-    """Text that another node of the lineage writes.
+    """Text that another node of the lineage writes: sequence-level distillation (Kim & Rush 2016).
+
+    A document's score is its mean log-probability per token under the judge, at temperature 1: over what was written,
+    its end included where it has one, and not over a prompt.
 
     Attributes:
         by: key of the node that writes.
@@ -47,6 +50,13 @@ class Written:
         top_k: sample among the k most probable tokens only; 0 is off.
         top_p: sample in the smallest set that holds this probability; 1 is off.
         max_length: a document is cut after this many tokens.
+        best_of: candidates for each document; the one with the best score is taken.
+        keep: share of the documents that is kept, those with the best scores; documents are written until `tokens` are
+            kept.
+        judge: key of the node that gives scores; None: the writer itself.
+        prompts: real text; each document begins as one of its documents does, in their order and then again from the
+            first, and the writer completes it. None: the writer begins by itself.
+        prompt_tokens: tokens that are given of each of them, part of the text; shorter documents give no prompt.
     """
 
     by: str
@@ -55,12 +65,36 @@ class Written:
     top_k: int = 0
     top_p: float = 1.0
     max_length: int = 256
+    best_of: int = field(default=1, metadata={"identity": WHERE_SET})
+    keep: float = field(default=1.0, metadata={"identity": WHERE_SET})
+    judge: str | None = field(default=None, metadata={"identity": WHERE_SET})
+    prompts: Text | None = field(default=None, metadata={"identity": WHERE_SET})
+    prompt_tokens: int = field(default=0, metadata={"identity": WHERE_SET})
+
+    @property
+    def judged_by(self) -> str | None:
+        """Key of the node that gives scores; None where every document is kept as it was drawn."""
+        return (self.judge or self.by) if self.best_of > 1 or self.keep < 1 else None
 
     def __post_init__(self) -> None:
-        _check_sizes(self, tokens=0, top_k=0, max_length=1)
+        _check_sizes(self, tokens=0, top_k=0, max_length=1, best_of=1, prompt_tokens=0)
         if not (self.temperature >= 1e-6 and 0 < self.top_p <= 1):
             raise UserError(
                 f"written by '{self.by}': temperature {self.temperature} (1e-6 or more), top_p {self.top_p}"
+            )
+        if not 0 < self.keep <= 1:
+            raise UserError(f"written by '{self.by}': keep={self.keep} is a share: above 0, up to 1 for all")
+        if self.judge and not self.judged_by:
+            raise UserError(f"written by '{self.by}': nothing to judge for '{self.judge}': set best_of or keep")
+        if (self.prompts is None) != (self.prompt_tokens == 0):
+            raise UserError(
+                f"written by '{self.by}': prompt_tokens={self.prompt_tokens} and {'no' if not self.prompts else 'a'} "
+                "text of prompts: set both, or neither"
+            )
+        if self.prompt_tokens >= self.max_length:
+            raise UserError(
+                f"written by '{self.by}': prompt_tokens={self.prompt_tokens} leaves nothing to write of "
+                f"max_length={self.max_length}: shorten the prompts"
             )
 
 
@@ -179,10 +213,11 @@ class Node:
 
     @property
     def parents(self) -> tuple[tuple[str, str], ...]:
-        """(key, role) of every node that this one needs; the role is teacher, start or text."""
+        """(key, role) of every node that this one needs; the role is teacher, start, text or judge."""
         lesson = self.lesson
         roles = [*((key, "teacher") for key in lesson.teachers), (lesson.start_from or "", "start")]
-        roles += [(source.by, "text") for source in lesson.text if isinstance(source, Written)]
+        written = [source for source in lesson.text if isinstance(source, Written)]
+        roles += [(source.by, "text") for source in written] + [(source.judge or "", "judge") for source in written]
         return tuple(dict.fromkeys((key, role) for key, role in roles if key))
 
 

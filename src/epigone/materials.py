@@ -12,9 +12,10 @@ from epigone.errors import UserError
 from epigone.evaluate import NGramIndex
 from epigone.identity import canonical, fingerprint
 from epigone.lineage import Node, Text, TrainedTokenizer, Written
-from epigone.models.language_model import Document, LanguageModel
+from epigone.models.language_model import MAX_LENGTH, Document, LanguageModel
 from epigone.models.ngram import NGram, NGramModel
 from epigone.store import Store
+from epigone.writing import check_sizes, is_chosen, prompts_of, write_chosen, writing_flops
 
 TokenizerConfig = Any
 """A TrainedTokenizer, or a config of `epigone.data.foreign_tokenizers`, which has a `build` of its own."""
@@ -113,16 +114,69 @@ class Materials:
         writer = self.store.lineage[source.by]
         identity = self.store.lineage.identities[source.by]
         tokenizer = self.tokenizer(writer.tokenizer)
-        sampling = {name: value for name, value in vars(source).items() if name not in ("by", "tokens")}
-        documents = self.model(writer).write(source.tokens, seed_of(identity, "write"), **sampling)
+        sampling: dict[str, Any] = {
+            name: getattr(source, name) for name in ("temperature", "top_k", "top_p", "max_length")
+        }
+        if is_chosen(source):
+            documents, told, tokens = self._chosen(source, identity)
+        else:
+            documents = self.model(writer).write(source.tokens, seed_of(identity, "write"), **sampling)
+            told, tokens = {}, count_tokens(documents)
+        models = [self.filled(self.store.lineage[key]) for key in (source.by, source.judged_by) if key]
+        flops = writing_flops(tokens, models, longest(writer, source.max_length))
         card = {
             "name": f"text of {source.by}",
             "parents": [{"key": source.by, "identity": identity}],
             "sampling": canonical(sampling),
             "tokenizer": tokenizer.identity,
+            **told,
+            **({"flops": flops} if flops else {}),
         }
         corpora.write_text(directory, [tokenizer.decode(ids) for ids in documents], card, tokens=documents)
         return documents, tokenizer
+
+    def _chosen(self, source: Written, identity: str) -> tuple[list[Document], dict[str, Any], int]:
+        """A text that is prompted or judged, what its card says of that, and the tokens of all candidates."""
+        lineage, writer = self.store.lineage, self.store.lineage[source.by]
+        documents, tally = write_chosen(
+            source,
+            self.model(writer),
+            self.model(lineage[source.judged_by]) if source.judged_by else None,
+            self.prompts(source),
+            longest(writer, source.max_length),
+            lambda block: seed_of(identity, f"write block {block}"),
+        )
+        told: dict[str, Any] = {"chosen": {"best_of": source.best_of, "keep": source.keep, **tally.card()}}
+        if source.judged_by:
+            told["chosen"]["judge"] = {"key": source.judged_by, "identity": lineage.identities[source.judged_by]}
+        if source.prompts:
+            told["prompts"] = {**self.card(source.prompts), "prompt_tokens": source.prompt_tokens}
+        return documents, told, tally.tokens
+
+    def prompts(self, source: Written) -> list[Document] | None:
+        """What is given of each document that a node completes; None where nothing is."""
+        if source.prompts is None:
+            return None
+        return prompts_of(source, self.documents(source.prompts, self.store.lineage[source.by].tokenizer))
+
+    def check_written(self, source: Written) -> None:
+        """Refuse, before any work, a judge and prompts that do not fit the writer. Raises UserError."""
+        writer = self.store.lineage[source.by]
+        check_sizes(source, longest(writer, source.max_length))
+        if source.judge:
+            judge = self.store.lineage[source.judge]
+            ours, theirs = (self.tokenizer(node.tokenizer) for node in (writer, judge))
+            if ours.identity != theirs.identity:
+                raise UserError(
+                    f"'{writer.key}' writes and its judge '{judge.key}' reads another tokenizer, '{ours.name}' and "
+                    f"'{theirs.name}': take a judge with the writer's tokenizer"
+                )
+        if not self.store.written(source).exists():
+            self.prompts(source)
+
+    def filled(self, node: Node) -> Any:
+        """The model's config of a node, a decoder's with the sizes that its tokenizer says."""
+        return node.model if isinstance(node.model, NGram) else fill(node.model, self.tokenizer(node.tokenizer))
 
     def model(self, node: Node) -> LanguageModel:
         """A node that is done, ready to be asked."""
@@ -156,6 +210,11 @@ def fill(config: Any, tokenizer: Tokenizer) -> Any:
     if config.vocab_size is not None and config.vocab_size < tokenizer.size:
         raise UserError(f"vocab_size {config.vocab_size} is less than the {tokenizer.size} tokens of the tokenizer")
     return replace(config, vocab_size=config.vocab_size or tokenizer.size, specials=tokenizer.specials)
+
+
+def longest(node: Node, most: int = MAX_LENGTH) -> int:
+    """Tokens of the longest document that a node writes: it is cut there, and what is cut has no true end."""
+    return min(most, getattr(node.model, "max_length", most + 1) - 1)
 
 
 def seed_of(identity: str, purpose: str) -> int:

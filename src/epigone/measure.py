@@ -6,8 +6,8 @@ from typing import Any
 from epigone import evaluate
 from epigone.data.tokenizers import Tokenizer
 from epigone.lineage import Evaluation, Node
-from epigone.materials import Materials, seed_of
-from epigone.models.language_model import MAX_LENGTH, Document
+from epigone.materials import Materials, longest, seed_of
+from epigone.models.language_model import Document
 from epigone.view import View
 
 WRITTEN_MARGIN = 1.25
@@ -22,7 +22,7 @@ def measured(node: Node, record: dict[str, Any], materials: Materials, view: Vie
     model, tokenizer = materials.model(node), materials.tokenizer(node.tokenizer)
     view.stage("measure")
     held_out = materials.documents(evaluation.text, node.tokenizer)
-    at = {"longest": _longest(node), "eos": tokenizer.specials.eos}
+    at = {"longest": longest(node), "eos": tokenizer.specials.eos}
     contexts = evaluate.evaluation_contexts(held_out, evaluation.contexts, evaluation.seed, **at)
     sizes = _byte_counts(materials.texts(evaluation.text, node.tokenizer), held_out, tokenizer)
     record["metrics"] = evaluate.evaluate_model(model, held_out, sizes, contexts)
@@ -36,11 +36,6 @@ def measured(node: Node, record: dict[str, Any], materials: Materials, view: Vie
         view.stage("write")
         record["metrics"] |= _measure_writing(node, model, evaluation, materials, record)
     return record | {"measured_as": materials.store.measured_as(node)}
-
-
-def _longest(node: Node) -> int:
-    """Tokens of the longest document that a node writes: it is cut there, and what is cut has no true end."""
-    return min(MAX_LENGTH, getattr(node.model, "max_length", MAX_LENGTH + 1) - 1)
 
 
 def _byte_counts(texts: Iterable[str], documents: list[Document], tokenizer: Tokenizer) -> list[int] | None:
@@ -65,7 +60,7 @@ def _measure_writing(
         evaluation.write_tokens,
         decode=tokenizer.decode,
         judge=materials.model(ancestor) if ancestor.tokenizer == node.tokenizer else None,
-        cut_at=_longest(node),
+        cut_at=longest(node),
     )
 
 

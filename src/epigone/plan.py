@@ -1,12 +1,14 @@
 """What growing a lineage will take, said before it is done."""
 
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
-from epigone.lineage import Lineage, Node, TrainedTokenizer
-from epigone.materials import Materials, TokenizerConfig
+from epigone.lineage import Lineage, Node, Text, TrainedTokenizer
+from epigone.materials import Materials, TokenizerConfig, longest
 from epigone.models.ngram import NGram
 from epigone.store import Store, kind
+from epigone.writing import drawn_tokens, writing_flops
 
 COUNTING_BYTES_PER_TOKEN = 400
 """Measured high-water mark of fitting a trigram: three orders of sorted 64-bit keys and their counts."""
@@ -23,7 +25,8 @@ class PlannedNode:
         parents: keys of its parents.
         parameters: weights of the model.
         tokens: tokens that it learns from, counted once a pass (an upper bound: packing leaves some padding).
-        flops: floating-point operations of training, of the teacher's scores and of writing own texts.
+        flops: floating-point operations of training, of the teacher's scores, of writing own texts, and of the texts
+            that others write and judge for it, where no node before it reads them too.
         memory: estimated bytes while it is grown.
     """
 
@@ -43,7 +46,25 @@ def plan(lineage: Lineage, store: Store) -> list[PlannedNode]:
     Trains no model. A tokenizer whose config states no size is trained, since parameters depend on it.
     """
     materials = Materials(store)
-    return [_plan_node(node, lineage, store, materials) for node in lineage.order]
+    there: set[Path] = set()
+    rows = []
+    for node in lineage.order:
+        row, writing = _plan_node(node, lineage, store, materials), _writing(node, materials, there)
+        rows.append(replace(row, flops=(row.flops or 0) + writing) if writing else row)
+    return rows
+
+
+def _writing(node: Node, materials: Materials, there: set[Path]) -> int:
+    """What the texts of a lesson take that nobody has written yet; afterwards they are among those that are there."""
+    flops, lineage = 0, materials.store.lineage
+    for source in node.lesson.text:
+        if isinstance(source, Text) or (place := materials.store.written(source)) in there or place.exists():
+            continue
+        there.add(place)
+        nodes = [lineage[key] for key in (source.by, source.judged_by) if key]
+        models = [one.model if isinstance(one.model, NGram) else sized(one, materials) for one in nodes]
+        flops += writing_flops(drawn_tokens(source), models, longest(nodes[0], source.max_length))
+    return flops
 
 
 def _plan_node(node: Node, lineage: Lineage, store: Store, materials: Materials) -> PlannedNode:

@@ -47,7 +47,8 @@ class Store:
 
     def written(self, source: Written) -> Path:
         """Where the text that a node writes for one kind of sampling lies."""
-        return self.directory(self.lineage[source.by]) / "text" / fingerprint(source)[:8]
+        judge = self.lineage.identities[source.judge] if source.judge else None
+        return self.directory(self.lineage[source.by]) / "text" / fingerprint([source, judge] if judge else source)[:8]
 
     def tokenizer(self, config: Any) -> Path:
         """Where a tokenizer lies in the run."""

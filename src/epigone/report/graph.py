@@ -12,10 +12,10 @@ from epigone.report.formats import real
 from epigone.report.records import Node, Run
 from epigone.report.summaries import spread
 
-ROLES = {"teacher": "c2", "text": "c0", "start": "c4"}
+ROLES = {"teacher": "c2", "text": "c0", "start": "c4", "judge": "c3"}
 # Below the child's row and around the middle of a box: two lessons from one parent lie side by side.
-_TRACK = {"text": 7.0, "teacher": 11.0, "start": 15.0}
-_SHIFT = {"teacher": -5.0, "start": 5.0}
+_TRACK = {"text": 7.0, "teacher": 11.0, "start": 15.0, "judge": 19.0}
+_SHIFT = {"teacher": -5.0, "start": 5.0, "judge": 10.0}
 _BOX_W, _BOX_H, _ROW, _TOP, _LEFT, _LETTER = 66.0, 34.0, 67.0, 34.0, 10.0, 6.6
 
 

@@ -30,7 +30,7 @@ Records = dict[tuple[str, str], tuple[dict[str, Any], str]]
 
 @dataclass(frozen=True)
 class Parent:
-    """One lesson's source: the parent's key and its role, "teacher", "text" or "start"."""
+    """One lesson's source: the parent's key and its role, "teacher", "text", "start" or "judge"."""
 
     key: str
     role: str

@@ -94,6 +94,7 @@ def _growth_headline(one: Series) -> Headline | None:
 def lessons(run: Run) -> list[tuple[str, str]]:
     """The key to the drawing of the lineage: (role, meaning) of what occurs in it."""
     meanings = {"teacher": "scores of a teacher", "text": "text that a model wrote", "start": "weights to start from"}
+    meanings |= {"judge": "choice of the text"}
     used = {parent.role for node in run.nodes for parent in node.parents}
     found = [(role, meaning) for role, meaning in meanings.items() if role in used]
     if any(node.reads_real_text for node in run.grown):

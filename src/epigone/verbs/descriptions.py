@@ -29,13 +29,7 @@ def lesson_in_words(lesson: Lesson, seed: int) -> list[Line]:
     """Text, objective, temperature, start and length of a lesson, each in a few words."""
     if lesson.source:
         return [Line("Start", f"weights of {file_name(lesson.source.path)} (digest {lesson.source.digest}), unchanged")]
-    texts = [
-        f"text written by {text.by} ({text.tokens} tokens, temperature {text.temperature:g})"
-        if isinstance(text, Written)
-        else f"split {text.split} of {corpus_name(text)}"
-        + ("" if text.tokens is None else f", {text.tokens} tokens of it")
-        for text in lesson.text
-    ]
+    texts = [_written(text) if isinstance(text, Written) else _read(text) for text in lesson.text]
     shares = "" if lesson.weights is None else f", in shares of {' : '.join(f'{w:g}' for w in lesson.weights)}"
     lines = [Line("Text", "; ".join(texts) + shares), Line("Objective", _objective(lesson))]
     start = f"the weights of {lesson.start_from}" if lesson.start_from else "fresh random weights"
@@ -46,6 +40,19 @@ def lesson_in_words(lesson: Lesson, seed: int) -> list[Line]:
         amount = f"{training.steps} steps of {training.batch_size} rows of {training.sequence_length} tokens"
         lines.append(Line("Length", f"{amount}, learning rate {training.optimizer.learning_rate:g}"))
     return lines
+
+
+def _read(text: Text) -> str:
+    return f"split {text.split} of {corpus_name(text)}" + (f", {text.tokens} tokens of it" if text.tokens else "")
+
+
+def _written(text: Written) -> str:
+    given = f" behind the first {text.prompt_tokens} of each document of {_read(text.prompts)}" if text.prompts else ""
+    chosen = f", the best of {text.best_of} candidates each" if text.best_of > 1 else ""
+    chosen += f", the best {text.keep:.3g} of all documents" if text.keep < 1 else ""
+    judge = f" for {text.judged_by}" if text.judged_by else ""
+    drawn = f"{text.tokens} tokens, temperature {text.temperature:g}"
+    return f"text written by {text.by}{given} ({drawn}{chosen}{judge})"
 
 
 def _objective(lesson: Lesson) -> str:
@@ -121,9 +128,15 @@ def _described(record: Record | None) -> str:
     if record.get("source"):
         what = f"imported from {file_name(record['source']['path'])}"
     else:
-        names = dict.fromkeys(file_name(card["name"]) for card in record["data"] if "parents" not in card)
+        names = dict.fromkeys(file_name(card["name"]) for card in real_texts(record))
         what = f"{record['kind']}, read {', '.join(names) or 'no real text'}"
     return f"({what}; {count(record['parameters'])} parameters)"
+
+
+def real_texts(record: Record) -> list[Record]:
+    """The cards of the texts that no model wrote: what a node read, and the prompts that were completed for it."""
+    cards = [card if "parents" not in card else card.get("prompts") for card in record["data"]]
+    return [card for card in cards if card]
 
 
 def count(value: int) -> str:

@@ -6,7 +6,7 @@ from typing import Any
 from rich.console import Console
 
 from epigone.errors import UserError
-from epigone.lineage import Lineage, Node, Written
+from epigone.lineage import Lineage, Node
 from epigone.store import Store
 from epigone.verbs.run import read_config
 from epigone.view import Terminal
@@ -54,6 +54,5 @@ def _label(lineage: Lineage, store: Store, nodes: list[Node], options: Any) -> N
 
 
 def _is_ready(store: Store, node: Node) -> bool:
-    """Whether its teacher is done, and whoever wrote its texts."""
-    writers = [source.by for source in node.lesson.text if isinstance(source, Written)]
-    return all(store.record(store.lineage[key]) for key in [*node.lesson.teachers, *writers])
+    """Whether its teacher is done, and whoever wrote and judged its texts."""
+    return all(store.record(store.lineage[key]) for key, role in node.parents if role != "start")

@@ -22,6 +22,7 @@ from epigone.verbs.descriptions import (
     number,
     one_line,
     plain,
+    real_texts,
     without_places,
 )
 from epigone.verbs.licences import Source, recognised, summary
@@ -124,7 +125,7 @@ def _sources(key: str, record: Record | None) -> list[Source]:
         return [Source(f"what {key} learned from (its record is gone)", None)]
     given = record.get("source")
     weights = [Source(f"weights of {key}: {file_name(given['path'])}", given.get("licence"))] if given else []
-    cards = {card["name"]: card for card in record["data"] if "parents" not in card}
+    cards = {card["name"]: card for card in real_texts(record)}
     return weights + [
         Source(f"text read by {key}: {file_name(name)}", card.get("licence")) for name, card in cards.items()
     ]
@@ -192,14 +193,13 @@ def _data(records: Mapping[str, Record | None]) -> list[Read]:
     """Every real text of the lineage; the same text read by several is one line."""
     found: dict[Read, list[str]] = {}
     for key, record in records.items():
-        for card in record["data"] if record else []:
-            if "parents" not in card:
-                size = f"{card['documents']:,} documents, {card['bytes']:,} bytes" if "bytes" in card else ""
-                size = f"{card['tokens']:,} tokens of {size}" if "tokens" in card else size
-                known = (card["name"], card.get("split"), size, card.get("licence"), card.get("sha256", "")[:16])
-                name, split, size, licence, sha256 = (file_name(str(value)) if value else "unknown" for value in known)
-                text = Read(name, split, size, licence, sha256, readers="")
-                found.setdefault(text, []).append(key)
+        for card in real_texts(record) if record else []:
+            size = f"{card['documents']:,} documents, {card['bytes']:,} bytes" if "bytes" in card else ""
+            size = f"{card['tokens']:,} tokens of {size}" if "tokens" in card else size
+            known = (card["name"], card.get("split"), size, card.get("licence"), card.get("sha256", "")[:16])
+            name, split, size, licence, sha256 = (file_name(str(value)) if value else "unknown" for value in known)
+            text = Read(name, split, size, licence, sha256, readers="")
+            found.setdefault(text, []).append(key)
     return [text._replace(readers=", ".join(keys)) for text, keys in found.items()]
 
 
