@@ -100,7 +100,7 @@ def _check(nodes: list[Node], materials: Materials) -> None:
                 raise UserError(f"node '{node.key}' counts words: it reads a tokenizer that is trained here, no other")
         elif lesson.source is None and (lesson.training is None or lesson.objective is None):
             raise UserError(f"node '{node.key}' is trained: its lesson needs an objective and a training")
-        elif lesson.source is None and node.model.weights_dtype != "float32":
+        elif not (lesson.source or lesson.adapters) and node.model.weights_dtype != "float32":
             raise UserError(
                 f"node '{node.key}' is trained, and weights_dtype '{node.model.weights_dtype}' rounds small steps "
                 "away: give it weights_dtype='float32' (dtype sets the type of the computation)"
@@ -214,14 +214,19 @@ def _train(node: Node, materials: Materials, hardware: Hardware, view: View) -> 
         teacher=teacher,
         on_policy=lesson.on_policy or TEXT_ONLY,
         initial_params=start if lesson.start_from else None,
+        adapters=lesson.adapters,
         hardware=hardware,
         directory=directory / "training",
         on_step=view.step,
         key=node.key,
     )
+    if trained.adapters is not None:
+        checkpoint.save_params(directory / "adapters", trained.adapters)
     checkpoint.save_params(materials.store.weights(node), trained.params)
     return {
         "parameters": parameter_count(config),
+        "trained_parameters": trained.trained,
+        "optimizer_bytes": trained.optimizer_bytes,
         "tokens": trained.tokens,
         "flops": trained.flops + asked.pop("flops", 0),
         **asked,

@@ -140,6 +140,8 @@ class Lesson:
             once; None: it scores every batch beside the student, and all its scores count.
         start_from: key of the node whose weights are the start; None starts fresh.
         inherit: which of them are taken where the two differ in size, a config of `epigone.models.inherit`; None: all.
+        adapters: low-rank adapters which alone are trained, beside the weights that it starts from, a config of
+            `epigone.models.adapters`; None trains all weights.
         source: files with the weights; such a node learns nothing, and has no text.
         objective: what is minimised, a config of `epigone.lessons.objective`; None for models that count.
         training: steps, batch, optimizer, a config of `epigone.training.loop`; None for models that count.
@@ -154,6 +156,7 @@ class Lesson:
     scores: Any = None
     start_from: str | None = None
     inherit: Any = None
+    adapters: Any = None
     source: Pretrained | None = None
     objective: Any = None
     training: Any = None
@@ -169,13 +172,15 @@ class Lesson:
 
     def __post_init__(self) -> None:
         learns = self.text or self.teacher or self.start_from or self.objective or self.training or self.weights
-        learns = learns or self.on_policy
+        learns = learns or self.on_policy or self.adapters
         if self.source and learns:
             raise UserError(
                 f"a node of '{self.source.path}' has its weights: it takes no text, teacher, start_from or training"
             )
         if self.inherit and not self.start_from:
             raise UserError("a lesson says what to inherit and from nobody: name the node with start_from")
+        if self.adapters and not self.start_from:
+            raise UserError("a lesson has adapters, and no weights that they lie beside: name the node with start_from")
         if self.on_policy and not (self.teacher and self.training):
             raise UserError("a lesson has on_policy, own texts, and no teacher or no training: name both")
 

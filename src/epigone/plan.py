@@ -82,14 +82,21 @@ def _plan_node(node: Node, lineage: Lineage, store: Store, materials: Materials)
 
 
 def _plan_decoder(row: PlannedNode, node: Node, lineage: Lineage, materials: Materials) -> PlannedNode:
-    """Training takes 16 bytes a weight (gradient and moments too), 4 a weight of a teacher, and a chunk of logits."""
+    """Training takes 16 bytes a weight (gradient and moments too), 4 a weight of a teacher, and a chunk of logits.
+
+    Weights beside adapters take their own size.
+    """
     from epigone.lessons.chunks import LOGITS_BYTES
     from epigone.models.decoder import flops_per_token, parameter_count
+    from epigone.training.student import Student
 
     training, config = node.lesson.training, sized(node, materials)
     length = training.sequence_length
     tokens = training.steps * training.batch_size * length
-    per_token, memory = flops_per_token(config, length, training=True), 16 * parameter_count(config)
+    student = Student(config, node.lesson.adapters)
+    per_token, memory = student.flops_per_token(length), 16 * student.parameter_count()
+    if student.adapters:
+        memory += parameter_count(config) * (4 if config.weights_dtype == "float32" else 2)
     logits = min(LOGITS_BYTES, 4 * training.batch_size * length * config.vocab_size)
     memory += logits
     own = node.lesson.on_policy

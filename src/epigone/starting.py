@@ -22,6 +22,8 @@ def check_start(node: Node, materials: Materials) -> None:
         raise UserError(f"{where}, which counts words and has no weights to start from")
     if start.tokenizer != node.tokenizer:
         raise UserError(f"{where}, which reads another tokenizer: give both one tokenizer")
+    if lesson.adapters is not None:
+        _check_adapters(where, node, materials)
     if lesson.inherit is None:
         if _shape(start.model) != _shape(node.model):
             raise UserError(f"{where}, which has another shape: give both one model, or say in 'inherit' what is taken")
@@ -32,6 +34,20 @@ def check_start(node: Node, materials: Materials) -> None:
         check(_sized(start, materials), _sized(node, materials), lesson.inherit)
     except UserError as error:
         raise UserError(f"{where}: {error}") from None
+
+
+def _check_adapters(where: str, node: Node, materials: Materials) -> None:
+    from epigone.models.adapters import adapter_weights
+
+    if node.lesson.inherit is not None and node.lesson.inherit.needs_calibration:
+        raise UserError(
+            f"{where} with adapters and units that are chosen on text, which a resumed run would choose again: inherit "
+            "in a node of its own, and start from that"
+        )
+    try:
+        adapter_weights(node.lesson.adapters, _sized(node, materials))
+    except UserError as error:
+        raise UserError(f"node '{node.key}': {error}") from None
 
 
 def starting_weights(node: Node, materials: Materials, batches: Batches, seed: int) -> Any:

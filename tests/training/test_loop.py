@@ -27,6 +27,7 @@ from epigone.training.metrics import StepReport
 from epigone.training.optimizer import Optimizer, adafactor, muon, transformation
 from epigone.training.sharding import to_mesh
 from epigone.training.stopping import StopRequest
+from epigone.training.student import Student
 
 FIRST_LOSS = 4.122797
 """Mean of the first two steps of the toy run."""
@@ -198,7 +199,7 @@ def test_a_loss_that_is_no_number_is_a_fault_with_step_and_node(tmp_path):
     with pytest.raises(Fault, match=r"node 'toy@0': at step \d+ the loss is nan.*lower the learning rate \(1e\+30\)"):
         run(tmp_path, training=wild, hardware=Hardware(checkpoint_every_steps=1))
     with jax.set_mesh(make_mesh()):
-        begin = compiled.programs(MODEL, wild, TEXT_ALONE, None, make_mesh()).begin
+        begin = compiled.programs(Student(MODEL), wild, TEXT_ALONE, None, make_mesh()).begin
         abstract = jax.tree.map(np.asarray, begin(decoder.init(MODEL, 0)))
     kept, _ = Checkpointer(tmp_path / "checkpoints", "0123456789abcdef").restore(abstract)
     assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(kept))

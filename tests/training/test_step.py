@@ -24,6 +24,7 @@ from epigone.training.config import Hardware, Training
 from epigone.training.loop import Stopped
 from epigone.training.sharding import to_mesh
 from epigone.training.step import programs
+from epigone.training.student import Student
 
 TEACHER = replace(MODEL, model_size=24)
 TRUTH = Objective(hard_weight=0.3, temperature=2.0)
@@ -155,9 +156,9 @@ def test_a_running_average_is_not_what_is_compared(tmp_path):
 def test_the_compiled_comparison_takes_nothing_away():
     mesh = make_mesh()
     with jax.set_mesh(mesh):
-        program = programs(MODEL, TRAINING, TRUTH, teacher(), mesh)
+        program = programs(Student(MODEL), TRAINING, TRUTH, teacher(), mesh)
         state = program.begin(decoder.init(MODEL, 0))
-        given = (teacher().place(), *to_mesh((Counting().batch(0), {}), 1, mesh))
+        given = ({}, teacher().place(), *to_mesh((Counting().batch(0), {}), 1, mesh))
         one, two = (jax.device_get(program.compare(state["params"], *given)) for _ in range(2))
         program.step(state, *given)
     assert one == two

@@ -2,7 +2,7 @@
 
 Letters of the shape suffixes, everywhere in Epigone: B batch, T time, S source time, D model features,
 N query heads, K key and value heads, H head features, F feed-forward features, E experts, V vocabulary,
-L layers, C chunk, M samples or top-k entries.
+L layers, C chunk, M samples or top-k entries, R rank of an adapter.
 
     params = init(config, seed)                                  # nnx.State, cut over the mesh that is set
     logits_BTV = apply(config, params, tokens, positions, segments)
@@ -27,6 +27,7 @@ from epigone.models.attention import attend, causal_mask, choose_attention
 from epigone.models.config import DecoderConfig, Weight, layer_weights, outer_weights
 from epigone.models.experts import mixture
 from epigone.models.layers import Angles, learned, rotate, soft_cap
+from epigone.models.projections import project
 from epigone.models.sharding import Sharding, check, named, out, placed, suffix
 
 NEVER = -1e9
@@ -166,7 +167,7 @@ def block(
         return _norm(config, sharding, weights, f"{name}_post_norm", "LD", x_BTD) if config.post_norm else x_BTD
 
     mixed_BTNH, kept = mix(*_queries_keys_values(config, sharding, weights, pre("attention", x_BTD), angles))
-    x_BTD = x_BTD + post("attention", _project(config, sharding, weights, mixed_BTNH, "mix_LNHD", "btnh,nhd->btd"))
+    x_BTD = x_BTD + post("attention", project(config, sharding, weights, mixed_BTNH, "mix_LNHD"))
     feed = mixture if config.experts else _feed_forward
     return x_BTD + post("ff", feed(config, sharding, weights, pre("ff", x_BTD))), kept
 
@@ -174,8 +175,9 @@ def block(
 def _queries_keys_values(
     config: DecoderConfig, sharding: Sharding, weights: Weights, x_BTD: jax.Array, angles: Angles | None
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    project, norm = partial(_project, config, sharding, weights), partial(_norm, config, sharding, weights)
-    q, k, v = (project(x_BTD, name, "btd,dnh->btnh") for name in ("query_LDNH", "key_LDKH", "value_LDKH"))
+    norm = partial(_norm, config, sharding, weights)
+    names = ("query_LDNH", "key_LDKH", "value_LDKH")
+    q, k, v = (project(config, sharding, weights, x_BTD, name) for name in names)
     if config.qk_norm:
         q, k = norm("query_norm", "LH", q), norm("key_norm", "LH", k)
     if config.qk_norm_whole:
@@ -184,24 +186,10 @@ def _queries_keys_values(
 
 
 def _feed_forward(config: DecoderConfig, sharding: Sharding, weights: Weights, x_BTD: jax.Array) -> jax.Array:
-    project = partial(_project, config, sharding, weights)
-    up_BTF = project(x_BTD, "up_LDF", "btd,df->btf")
-    if config.gated:
-        up_BTF = config.activation(project(x_BTD, "gate_LDF", "btd,df->btf")) * up_BTF
-    else:
-        up_BTF = config.activation(up_BTF)
-    return project(up_BTF, "down_LFD", "btf,fd->btd")
-
-
-def _project(
-    config: DecoderConfig, sharding: Sharding, weights: Weights, x: jax.Array, name: str, formula: str
-) -> jax.Array:
-    word, letters = name.split("_")
-    taken = 3 if formula.startswith("btnh") else 2
-    weight = placed(weights[name].astype(config.compute_dtype), sharding.gathered(letters[1:]))
-    y = jnp.einsum(formula, x, weight, out_sharding=out(sharding.activation("BT" + letters[taken:])))
-    bias = weights.get(f"{word}_bias_L{letters[taken:]}")
-    return y if bias is None else y + placed(bias.astype(config.compute_dtype), sharding.gathered(letters[taken:]))
+    into = partial(project, config, sharding, weights, x_BTD)
+    up_BTF = into("up_LDF")
+    up_BTF = config.activation(into("gate_LDF")) * up_BTF if config.gated else config.activation(up_BTF)
+    return project(config, sharding, weights, up_BTF, "down_LFD")
 
 
 def _norm(
@@ -218,16 +206,16 @@ def arrays(group: nnx.Dict) -> Weights:
 
 
 def _parameters(config: DecoderConfig, key: jax.Array, weights: dict[str, Weight], sharding: Sharding) -> nnx.Dict:
-    """The key is folded with each name, so that a new parameter does not change the others."""
-    parameters = {}
-    for name, weight in weights.items():
-        cut, own = out(sharding.weight(suffix(name))), jax.random.fold_in(key, zlib.crc32(name.encode()))
-        if weight.spread:
-            initial = weight.spread * jax.random.normal(own, weight.shape, jnp.float32, out_sharding=cut)
-        else:
-            initial = jnp.full(weight.shape, weight.constant, jnp.float32, out_sharding=cut)
-        parameters[name] = nnx.Param(initial.astype(config.weights_dtype))
-    return nnx.Dict(parameters)
+    values = {name: initial(key, name, weight, sharding) for name, weight in weights.items()}
+    return nnx.Dict({name: nnx.Param(value.astype(config.weights_dtype)) for name, value in values.items()})
+
+
+def initial(key: jax.Array, name: str, weight: Weight, sharding: Sharding) -> jax.Array:
+    """Initial values of a parameter, float32. The key is folded with its name: a new one does not change the others."""
+    cut, own = out(sharding.weight(suffix(name))), jax.random.fold_in(key, zlib.crc32(name.encode()))
+    if weight.spread:
+        return weight.spread * jax.random.normal(own, weight.shape, jnp.float32, out_sharding=cut)
+    return jnp.full(weight.shape, weight.constant, jnp.float32, out_sharding=cut)
 
 
 def _initial(config: DecoderConfig, key: jax.Array, sharding: Sharding) -> nnx.State:
@@ -301,14 +289,18 @@ def flops_per_token(config: DecoderConfig, length: int, training: bool) -> int:
     included) in each layer; three times that in training (forward, and two products backward). Recomputation is not
     counted.
     """
+    return round(sum(forward_flops(config, length)) * (3 if training else 1))
+
+
+def forward_flops(config: DecoderConfig, length: int) -> tuple[float, float]:
+    """Those of a forward pass: of the products with weights, and of those of attention, whose both sides are made."""
     s = config.sizes
     feed = (3 if config.gated else 2) * s.D * s.F
     feed = feed * config.experts_per_token + s.D * s.E if config.experts else feed
     matrices = s.L * (s.D * (2 * s.N + 2 * s.K) * s.H + feed) + s.V * s.D
     windows = [config.window if bound else length for bound in config.windowed_layers]
     context = sum(_mean_context(length, window) for window in windows)
-    forward = 2 * matrices + 4 * s.N * s.H * context
-    return round(forward * (3 if training else 1))
+    return 2 * matrices, 4 * s.N * s.H * context
 
 
 def _mean_context(length: int, window: int | None) -> float:

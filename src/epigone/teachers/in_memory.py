@@ -23,14 +23,18 @@ class DecoderStates:
     config: DecoderConfig
 
     def __call__(self, params: Any, batch: Batch, fetched: Any = None) -> Hidden:
-        model = nnx.merge(decoder.structure(self.config), params)
-        return Hidden(model(batch.tokens_BT, batch.positions_BT, batch.segments_BT), model.head_VD)
+        return states(nnx.merge(decoder.structure(self.config), params), batch)
 
     @property
     def head(self) -> Head:
         """How its hidden states become logits."""
         config = self.config
         return Head(config.vocab_size, soft_cap=config.logit_softcap, never=config.specials.never)
+
+
+def states(model: decoder.Decoder, batch: Batch) -> Hidden:
+    """What a decoder makes of a batch, up to its head; traced."""
+    return Hidden(model(batch.tokens_BT, batch.positions_BT, batch.segments_BT), model.head_VD)
 
 
 class DecoderTeacher:

@@ -4,6 +4,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,9 @@ from jax.sharding import PartitionSpec as P
 from epigone.data.pipeline import Batches
 from epigone.errors import Fault, Stopped
 from epigone.lessons.objective import Objective
-from epigone.models import decoder
+from epigone.models.adapters import LowRank
 from epigone.models.config import DecoderConfig
-from epigone.models.sharding import make_mesh, spread
+from epigone.models.sharding import make_mesh
 from epigone.teachers import Teacher, check_compatible
 from epigone.training.checkpoint import Checkpointer
 from epigone.training.config import Hardware, Training
@@ -28,6 +29,7 @@ from epigone.training.own_texts import OwnTexts
 from epigone.training.sharding import check_divisible, to_mesh
 from epigone.training.step import programs
 from epigone.training.stopping import StopRequest
+from epigone.training.student import Student, first_weights
 from epigone.training.utilisation import Speed, peak_flops
 
 __all__ = ["Hardware", "StepReport", "Stopped", "Trained", "Training", "train"]
@@ -38,7 +40,10 @@ class Trained:
     """What a training run gives.
 
     Attributes:
-        params: the weights on the mesh: the averaged ones where the training has an ema_decay.
+        params: the weights on the mesh: the averaged ones where the training has an ema_decay; with adapters merged.
+        adapters: these adapters by themselves, averaged or not; None where all weights were trained.
+        trained: numbers that were trained.
+        optimizer_bytes: of the optimizer's state, over all devices.
         tokens: targets trained on, each by its weight.
         flops: floating-point operations of student and teacher, of own texts and padding too, of recomputation not.
         curve: points with step, tokens, seconds, the mean loss, gradient_norm and learning_rate since the last one, and
@@ -49,6 +54,9 @@ class Trained:
     """
 
     params: Any
+    adapters: Any
+    trained: int
+    optimizer_bytes: int
     tokens: int
     flops: int
     curve: list[dict[str, float]]
@@ -67,6 +75,7 @@ def train(
     teacher: Teacher | None = None,
     on_policy: OnPolicy = TEXT_ONLY,
     initial_params: Callable[[], Any] | None = None,
+    adapters: LowRank | None = None,
     hardware: Hardware = Hardware(),
     on_step: Callable[[StepReport], None] | None = None,
     key: str | None = None,
@@ -83,7 +92,9 @@ def train(
         directory: for checkpoints and TensorBoard events.
         teacher: gives scores, where the objective needs them.
         on_policy: which steps learn from the student's own texts, and how these are written.
-        initial_params: gives weights to start from instead of random ones; asked only where no checkpoint is found.
+        initial_params: gives weights to start from instead of random ones; asked only where no checkpoint is found, or
+            where there are adapters.
+        adapters: low-rank adapters which alone are trained, beside these weights; None trains all weights.
         hardware: mesh, micro-batches, how often to write a checkpoint.
         on_step: called with each finished step, while the next one runs.
         key: the node's name for messages; its identity if absent.
@@ -100,24 +111,26 @@ def train(
     own = OwnTexts(on_policy, model, training, objective, teacher, seed, mesh)
     several, first = jax.process_count() > 1, jax.process_index() == 0
     key = key or identity
-    per_token = decoder.flops_per_token(model, training.sequence_length, training=True)
+    student = Student(model, adapters)
+    per_token = student.flops_per_token(training.sequence_length)
     per_token += teacher.flops_per_token(training.sequence_length) if teacher else 0
     step_flops = per_token * training.batch_size * training.sequence_length
 
     with jax.set_mesh(mesh), StopRequest(several) as stop:
         # -------------------------------------------------------------- the state: a checkpoint's, or a new one
-        begin, run_step = (program := programs(model, training, objective, teacher, mesh)).begin, program.step
+        begin, run_step = (program := programs(student, training, objective, teacher, mesh)).begin, program.step
         checkpoints = Checkpointer(directory / "checkpoints", identity)
-        restored = checkpoints.restore(_abstract(begin, decoder.abstract(model), mesh) | {"own": own.kept})
+        weights = partial(first_weights, model, seed, initial_params)
+        restored = checkpoints.restore(_abstract(begin, student.abstract(), mesh) | {"own": own.kept})
         if restored is not None:
             state, about = restored
             own.kept = state.pop("own")
             progress = Progress(**about)
         else:
-            params = decoder.init(model, seed) if initial_params is None else _placed(initial_params(), model)
+            params = student.begin(seed, weights)
             state, progress = begin(params), Progress()
             del params
-        start = int(state["step"])
+        frozen, start = student.frozen(weights), int(state["step"])
         teacher_params = teacher.place() if teacher else {}
 
         # -------------------------------------------------------------- the steps
@@ -145,11 +158,13 @@ def train(
 
         try:
             for step in range(start + 1, training.steps + 1):
-                batch = own.batch(step, next(stream), state["params"], teacher_params)
+                writer = student.whole(state["params"], frozen) if own.is_own(step) else None
+                batch = own.batch(step, next(stream), writer, teacher_params)
+                del writer
                 fetched = teacher.fetch(batch) if teacher else {}
                 batch, fetched = to_mesh((batch, fetched), hardware.microbatches, mesh)
                 # Before the step, which takes the state away. Read with the step's metrics, so nothing waits for it.
-                given = (teacher_params, batch, fetched)
+                given = (frozen, teacher_params, batch, fetched)
                 beside = program.compare(state["params"], *given) if training.compares(step) else {}
                 state, metrics = run_step(state, *given)
                 if running is not None:
@@ -174,8 +189,14 @@ def train(
             checkpoints.close()
 
     # ------------------------------------------------------------------ what came of it
+    trained = state["params"] if training.ema_decay is None else state["ema"]
+    with jax.set_mesh(mesh):
+        params = student.whole(trained, frozen)
     return Trained(
-        params=state["params"] if training.ema_decay is None else state["ema"],
+        params=params,
+        adapters=None if adapters is None else trained,
+        trained=student.parameter_count(),
+        optimizer_bytes=sum(leaf.nbytes for leaf in jax.tree.leaves(state["optimizer"])),
         tokens=round(progress.tokens),
         flops=step_flops * training.steps + own.flops(training.steps),
         curve=progress.curve,
@@ -191,10 +212,6 @@ def _abstract(begin: Callable[[Any], Any], params: Any, mesh: jax.sharding.Mesh)
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, spec))
 
     return jax.tree.map(on_mesh, jax.eval_shape(begin, params))
-
-
-def _placed(params: Any, model: DecoderConfig) -> Any:
-    return spread(params, jax.tree.map(lambda leaf: leaf.sharding, decoder.abstract(model)))
 
 
 def _due(step: int, saved_at: float, training: Training, hardware: Hardware, several: bool) -> bool:

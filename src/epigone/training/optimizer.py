@@ -157,8 +157,8 @@ def decayed(params: Any) -> Any:
 def layer_matrices(params: Any) -> Any:
     """For each matrix of the layers its input and output axes, by the letters of its name; None for all else.
 
-    L is the stack of layers, and E behind it that of experts, each orthogonalised alone; D is the output if it comes
-    last, else the input.
+    L is the stack of layers, and E behind it that of experts, each orthogonalised alone; D, or the rank R of an
+    adapter, is the output if it comes last, else the input.
     """
     from optax.contrib import MuonDimensionNumbers
 
@@ -167,7 +167,7 @@ def layer_matrices(params: Any) -> Any:
         if letters[0] != "L" or len(letters) < 3 or "norm" in name or "bias" in name:
             return None
         first, last = 2 if letters[1] == "E" else 1, len(letters) - 1
-        if letters[-1] == "D":
+        if letters[-1] in "DR":
             return MuonDimensionNumbers(tuple(range(first, last)), (last,))
         return MuonDimensionNumbers((first,), tuple(range(first + 1, last + 1)))
 

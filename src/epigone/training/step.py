@@ -18,15 +18,14 @@ from epigone.lessons.comparison import Sums, as_pairs, compare
 from epigone.lessons.fused import fused_loss
 from epigone.lessons.objective import Objective
 from epigone.lessons.sparse import Sparse
-from epigone.models.config import DecoderConfig
 from epigone.teachers import Batch, Teacher
-from epigone.teachers.in_memory import DecoderStates
 from epigone.training.config import Training
 from epigone.training.optimizer import learning_rate, transformation
 from epigone.training.sharding import BATCH_AXES
+from epigone.training.student import Student
 
 State = dict[str, Any]
-"""step (int32), params, optimizer, and ema where weights are averaged."""
+"""step (int32), params (all that is trained), optimizer, and ema where these are averaged."""
 
 _programs: dict[Any, "Programs"] = {}
 
@@ -36,23 +35,25 @@ class Programs:
     """What is compiled for one shape of training.
 
     Attributes:
-        begin: parameters -> the state before the first step, with copies of the parameters.
-        step: (state, teacher's parameters, batch, fetched) -> (state, metrics); the old state is donated.
-        compare: (student's parameters, teacher's parameters, batch, fetched) -> pairs of `epigone.lessons.comparison`,
-            of the whole batch. A program of its own, so that whether it runs changes no bit of a step.
+        begin: what is trained -> the state before the first step, with copies of it.
+        step: (state, frozen, teacher's parameters, batch, fetched) -> (state, metrics); the old state is donated.
+            `frozen` are weights of the student that are not trained, {} where all are.
+        compare: (what is trained, frozen, teacher's parameters, batch, fetched) -> pairs of
+            `epigone.lessons.comparison`, of the whole batch. A program of its own, so that whether it runs changes no
+            bit of a step.
     """
 
     begin: Callable[[Any], State]
-    step: Callable[[State, Any, Batch, Any], tuple[State, dict[str, tuple[jax.Array, jax.Array]]]]
-    compare: Callable[[Any, Any, Batch, Any], Sums]
+    step: Callable[[State, Any, Any, Batch, Any], tuple[State, dict[str, tuple[jax.Array, jax.Array]]]]
+    compare: Callable[[Any, Any, Any, Batch, Any], Sums]
 
 
 def programs(
-    model: DecoderConfig, training: Training, objective: Objective, teacher: Teacher | None, mesh: jax.sharding.Mesh
+    student: Student, training: Training, objective: Objective, teacher: Teacher | None, mesh: jax.sharding.Mesh
 ) -> Programs:
-    """The programs for this model, lesson and mesh; the same objects for equal configs."""
-    scores, student = teacher.scores if teacher else None, DecoderStates(model)
-    key = (fingerprint((model, training, objective, scores)), mesh)
+    """The programs for this student, lesson and mesh; the same objects for equal configs."""
+    scores = teacher.scores if teacher else None
+    key = (fingerprint((student, training, objective, scores)), mesh)
     if key not in _programs:
         theirs = teacher.head if teacher else None
         heads = (student.head, *(theirs if isinstance(theirs, tuple) else (theirs,)))
@@ -78,10 +79,11 @@ def _begin(training: Training, params: Any) -> State:
 def _step(
     training: Training,
     objective: Objective,
-    student: DecoderStates,
+    student: Student,
     scores: Callable[..., Any] | None,
     fused: Callable[..., tuple[jax.Array, jax.Array]],
     state: State,
+    frozen: Any,
     teacher_params: Any,
     batch: Batch,
     fetched: Any,
@@ -94,7 +96,7 @@ def _step(
     def loss(params: Any, part: tuple[Batch, Any]) -> jax.Array:
         batch, fetched = part
         given = scores(teacher_params, batch, fetched) if scores else None
-        return fused(student(params, batch), given, batch.targets_BT, batch.weights_BT, knobs=knobs)[0] / tokens
+        return fused(student(params, frozen, batch), given, batch.targets_BT, batch.weights_BT, knobs=knobs)[0] / tokens
 
     mean_loss, gradients = _accumulated(jax.value_and_grad(loss), state["params"], (batch, fetched))
     updates, optimizer_state = _update(training, gradients, state)
@@ -112,10 +114,11 @@ def _step(
 
 
 def _compare(
-    student: DecoderStates,
+    student: Student,
     scores: Callable[..., Any] | None,
     compare: Callable[..., Sums],
     params: Any,
+    frozen: Any,
     teacher_params: Any,
     batch: Batch,
     fetched: Any,
@@ -126,7 +129,7 @@ def _compare(
         batch, fetched = part
         given = scores(teacher_params, batch, fetched) if scores else None
         given = None if isinstance(given, Sparse) else given  # a few scores are no distribution
-        return compare(student(params, batch), given, batch.targets_BT, batch.weights_BT)
+        return compare(student(params, frozen, batch), given, batch.targets_BT, batch.weights_BT)
 
     def add(so_far: Sums, part: tuple[Batch, Any]) -> tuple[Sums, None]:
         return jax.tree.map(jnp.add, so_far, sums(part)), None

@@ -35,6 +35,10 @@ def lesson_in_words(lesson: Lesson, seed: int) -> list[Line]:
     start = f"the weights of {lesson.start_from}" if lesson.start_from else "fresh random weights"
     how = f", by {json.dumps(canonical(lesson.inherit))}" if lesson.inherit else ""
     lines.append(Line("Start", f"{start}{how}; seed {seed}"))
+    if lesson.adapters:
+        on = ", ".join(lesson.adapters.targets or ("all matrices of the layers",))
+        size = f"rank {lesson.adapters.rank}, alpha {lesson.adapters.alpha:g}"
+        lines.append(Line("Adapters", f"low-rank (LoRA), {size}, on {on}; merged into these weights"))
     training = lesson.training
     if training is not None:
         amount = f"{training.steps} steps of {training.batch_size} rows of {training.sequence_length} tokens"
