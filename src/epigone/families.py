@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from epigone.errors import UserError
-from epigone.lineage import Node, Text, Written
+from epigone.lineage import Lesson, Node, Text, Written
 
 
 def repeat(node: Node, seeds: int) -> tuple[Node, ...]:
@@ -33,6 +33,31 @@ def population(student: Node, teachers: Sequence[Node], members: int) -> tuple[N
         fan_out(teachers[member % len(teachers)], [dataclasses.replace(student, seed=member)])[0]
         for member in range(members)
     )
+
+
+def born_again(teacher: Node, generations: int, objective: Any, *, name: str = "born-again") -> tuple[Node, ...]:
+    """Generations of one size (Furlanello et al. 2018): each starts fresh and learns from the scores of the one before.
+
+    Model, text and training are the teacher's. `objective` says how much the text itself counts beside the scores
+    (`hard_weight`). Each generation has initial weights and an order of batches of its own (`Lesson.initialisation`).
+    Returned without the teacher; `fan_out([teacher, *chain], ...)` makes a student of them all.
+
+    Raises: UserError for a teacher that was not trained here.
+    """
+    if teacher.lesson.training is None:
+        raise UserError(f"a born-again chain trains its teacher's model anew, and '{teacher.key}' was not trained here")
+    nodes = [teacher]
+    for number in range(1, generations + 1):
+        lesson = Lesson(
+            teacher.lesson.text,
+            weights=teacher.lesson.weights,
+            objective=objective,
+            training=teacher.lesson.training,
+            initialisation=teacher.lesson.initialisation + number,
+        )
+        labels = {**teacher.labels, "role": "student"}
+        nodes += fan_out(nodes[-1], [dataclasses.replace(teacher, name=name, lesson=lesson, labels=labels)])
+    return tuple(nodes[1:])
 
 
 def chain(root: Node, generations: int, regime: Any, *, name: str, writing: Written | None = None) -> tuple[Node, ...]:

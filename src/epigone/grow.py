@@ -94,7 +94,7 @@ def _check(nodes: list[Node], materials: Materials) -> None:
         texts += [lesson.validation] if lesson.validation else []
         texts += [node.tokenizer.text] if isinstance(node.tokenizer, TrainedTokenizer) else []
         if isinstance(node.model, NGram):
-            if lesson.weights or lesson.teacher or lesson.start_from or lesson.source:
+            if lesson.weights or lesson.teacher or lesson.mean_teacher or lesson.start_from or lesson.source:
                 raise UserError(f"node '{node.key}' counts words: it takes text alone, no weights, teacher, start")
             if not isinstance(node.tokenizer, TrainedTokenizer):
                 raise UserError(f"node '{node.key}' counts words: it reads a tokenizer that is trained here, no other")
@@ -197,7 +197,8 @@ def _train(node: Node, materials: Materials, hardware: Hardware, view: View) -> 
     config = fill(node.model, tokenizer)
     rows = packed(node, materials, view)
     # What the lesson's teacher and objective are is left out: a student and its control start alike and read alike.
-    recipe = fingerprint([node.model, node.tokenizer, lesson.text, lesson.weights, lesson.training, node.seed])
+    parts = [node.model, node.tokenizer, lesson.text, lesson.weights, lesson.training, node.seed]
+    recipe = fingerprint([*parts, lesson.initialisation] if lesson.initialisation else parts)
     read = partial(Batches, rows, lesson.weights, lesson.training.batch_size, seed_of(recipe, "data"))
     start = partial(starting_weights, node, materials, read(), seed_of(recipe, "train"))
     directory = materials.store.directory(node)

@@ -145,6 +145,10 @@ class Lesson:
         source: files with the weights; such a node learns nothing, and has no text.
         objective: what is minimised, a config of `epigone.lessons.objective`; None for models that count.
         training: steps, batch, optimizer, a config of `epigone.training.loop`; None for models that count.
+        mean_teacher: the student learns from the scores of the running average of its own weights, that of the
+            training's `ema_decay`, in the place of a teacher's.
+        initialisation: number of the initial weights and of the order of batches, beside the seed: a student with its
+            teacher's model, text and training begins as its teacher did, where it has its number too.
         on_policy: which steps learn from the student's own texts, a config of `epigone.training.on_policy`; None: none.
         validation: held-out text on which a model that counts tunes its count scale; None does not tune.
     """
@@ -162,6 +166,8 @@ class Lesson:
     training: Any = None
     on_policy: Any = None
     validation: Text | None = None
+    mean_teacher: bool = field(default=False, metadata={"identity": WHERE_SET})
+    initialisation: int = field(default=0, metadata={"identity": WHERE_SET})
 
     @property
     def teachers(self) -> tuple[str, ...]:
@@ -172,7 +178,7 @@ class Lesson:
 
     def __post_init__(self) -> None:
         learns = self.text or self.teacher or self.start_from or self.objective or self.training or self.weights
-        learns = learns or self.on_policy or self.adapters
+        learns = learns or self.on_policy or self.adapters or self.mean_teacher
         if self.source and learns:
             raise UserError(
                 f"a node of '{self.source.path}' has its weights: it takes no text, teacher, start_from or training"
@@ -181,6 +187,13 @@ class Lesson:
             raise UserError("a lesson says what to inherit and from nobody: name the node with start_from")
         if self.adapters and not self.start_from:
             raise UserError("a lesson has adapters, and no weights that they lie beside: name the node with start_from")
+        _check_sizes(self, initialisation=0)
+        others = [name for name in ("teacher", "ensemble", "scores", "on_policy") if getattr(self, name)]
+        if self.mean_teacher and others:
+            raise UserError(
+                f"a lesson has mean_teacher, the student's own average, and {others[0]}, which is of a teacher that is "
+                "named: drop one"
+            )
         if self.on_policy and not (self.teacher and self.training):
             raise UserError("a lesson has on_policy, own texts, and no teacher or no training: name both")
 

@@ -82,7 +82,7 @@ def _plan_node(node: Node, lineage: Lineage, store: Store, materials: Materials)
 
 
 def _plan_decoder(row: PlannedNode, node: Node, lineage: Lineage, materials: Materials) -> PlannedNode:
-    """Training takes 16 bytes a weight (gradient and moments too), 4 a weight of a teacher, and a chunk of logits.
+    """Training takes 16 bytes a weight (gradient and moments too), 4 of an average and of a teacher, and logits.
 
     Weights beside adapters take their own size.
     """
@@ -99,6 +99,9 @@ def _plan_decoder(row: PlannedNode, node: Node, lineage: Lineage, materials: Mat
         memory += parameter_count(config) * (4 if config.weights_dtype == "float32" else 2)
     logits = min(LOGITS_BYTES, 4 * training.batch_size * length * config.vocab_size)
     memory += logits
+    memory += 4 * student.parameter_count() if training.ema_decay is not None else 0
+    if node.lesson.mean_teacher:
+        per_token, memory = per_token + flops_per_token(config, length, training=False), memory + logits
     own = node.lesson.on_policy
     per_token += own.written_share * flops_per_token(config, length, training=False) if own else 0
     for teacher in (lineage[key] for key in node.lesson.teachers):

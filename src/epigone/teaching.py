@@ -18,10 +18,13 @@ def check_teacher(node: Node, materials: Materials) -> None:
     """Refuse teachers that are missing, not needed, or of another tokenizer, before anything is grown."""
     from epigone.teachers import check_kept, check_needed
     from epigone.teachers.ensemble import Ensemble
+    from epigone.teachers.mean_teacher import check_mean_teacher
     from epigone.training.on_policy import TEXT_ONLY, check_on_policy
 
     lesson = node.lesson
-    check_needed(lesson.objective, bool(lesson.teachers))
+    check_needed(lesson.objective, lesson.mean_teacher or bool(lesson.teachers))
+    if lesson.mean_teacher:
+        check_mean_teacher(lesson.objective, lesson.training.ema_decay)
     if lesson.scores and len(lesson.teachers) != 1:
         whose = "of several teachers" if lesson.teachers else "of nobody"
         raise UserError(f"node '{node.key}' says which scores are kept, and {whose}: name one teacher")
@@ -49,8 +52,12 @@ def teacher_of(
     Where a lesson keeps scores, those of the rows are on disk afterwards.
     """
     from epigone.teachers import check_compatible
+    from epigone.teachers.mean_teacher import MeanTeacher
 
     lesson = node.lesson
+    own = materials.tokenizer(node.tokenizer)
+    if lesson.mean_teacher:
+        return MeanTeacher(fill(node.model, own), own.identity, own.name), {}
     if not lesson.teachers:
         return None, {}
     asked: dict[str, Any] = {}
@@ -60,7 +67,6 @@ def teacher_of(
         teacher = _ensemble(node, materials, rows)
     else:
         teacher = _in_memory(lesson.teachers[0], materials)
-    own = materials.tokenizer(node.tokenizer)
     for one in getattr(teacher, "members", [teacher]):
         check_compatible(
             lesson.objective,

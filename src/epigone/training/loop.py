@@ -21,6 +21,7 @@ from epigone.models.adapters import LowRank
 from epigone.models.config import DecoderConfig
 from epigone.models.sharding import make_mesh
 from epigone.teachers import Teacher, check_compatible
+from epigone.teachers.mean_teacher import MeanTeacher, check_mean_teacher, weights_of
 from epigone.training.checkpoint import Checkpointer
 from epigone.training.config import Hardware, Training
 from epigone.training.metrics import Clock, Events, Progress, StepReport
@@ -108,6 +109,8 @@ def train(
     mesh = make_mesh(hardware.data, hardware.fsdp, hardware.tensor)
     check_divisible(training.batch_size, hardware.microbatches, mesh)
     check_compatible(objective, teacher, vocab_size=model.vocab_size)
+    if isinstance(teacher, MeanTeacher):
+        check_mean_teacher(objective, training.ema_decay, on_policy.share)
     own = OwnTexts(on_policy, model, training, objective, teacher, seed, mesh)
     several, first = jax.process_count() > 1, jax.process_index() == 0
     key = key or identity
@@ -165,7 +168,9 @@ def train(
                 batch, fetched = to_mesh((batch, fetched), hardware.microbatches, mesh)
                 # Before the step, which takes the state away. Read with the step's metrics, so nothing waits for it.
                 given = (frozen, teacher_params, batch, fetched)
-                beside = program.compare(state["params"], *given) if training.compares(step) else {}
+                theirs = weights_of(teacher.scores, state, teacher_params) if teacher else {}
+                compared = (state["params"], frozen, theirs, batch, fetched)
+                beside = program.compare(*compared) if training.compares(step) else {}
                 state, metrics = run_step(state, *given)
                 if running is not None:
                     finished(*running)

@@ -19,6 +19,7 @@ from epigone.lessons.fused import fused_loss
 from epigone.lessons.objective import Objective
 from epigone.lessons.sparse import Sparse
 from epigone.teachers import Batch, Teacher
+from epigone.teachers.mean_teacher import AverageStates, weights_of
 from epigone.training.config import Training
 from epigone.training.optimizer import learning_rate, transformation
 from epigone.training.sharding import BATCH_AXES
@@ -92,10 +93,11 @@ def _step(
     # The sum of weights over all micro-batches, devices and hosts: every token counts the same, wherever it lies.
     tokens = jnp.sum(batch.weights_BT)
     knobs = objective.knobs(state["step"])
+    teacher_params = weights_of(scores, state, teacher_params)
 
     def loss(params: Any, part: tuple[Batch, Any]) -> jax.Array:
         batch, fetched = part
-        given = scores(teacher_params, batch, fetched) if scores else None
+        given = _given(scores, student, frozen, teacher_params, batch, fetched)
         return fused(student(params, frozen, batch), given, batch.targets_BT, batch.weights_BT, knobs=knobs)[0] / tokens
 
     mean_loss, gradients = _accumulated(jax.value_and_grad(loss), state["params"], (batch, fetched))
@@ -113,6 +115,15 @@ def _step(
     return new, metrics
 
 
+def _given(
+    scores: Callable[..., Any] | None, student: Student, frozen: Any, teacher_params: Any, batch: Batch, fetched: Any
+) -> Any:
+    """What the teacher says of a batch. The average of the student reads it as the student does."""
+    if isinstance(scores, AverageStates):
+        return student(teacher_params, frozen, batch)
+    return scores(teacher_params, batch, fetched) if scores else None
+
+
 def _compare(
     student: Student,
     scores: Callable[..., Any] | None,
@@ -127,7 +138,7 @@ def _compare(
 
     def sums(part: tuple[Batch, Any]) -> Sums:
         batch, fetched = part
-        given = scores(teacher_params, batch, fetched) if scores else None
+        given = _given(scores, student, frozen, teacher_params, batch, fetched)
         given = None if isinstance(given, Sparse) else given  # a few scores are no distribution
         return compare(student(params, frozen, batch), given, batch.targets_BT, batch.weights_BT)
 

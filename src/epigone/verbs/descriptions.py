@@ -69,7 +69,8 @@ def _objective(lesson: Lesson) -> str:
     temperature = f"temperature {_number(objective.temperature)}"
     if objective.temperature != 1 and objective.temperature_squared:
         temperature += ", times temperature squared"
-    divergence = f"{_called(objective.divergence)} to {' and '.join(lesson.teachers)} at {temperature}"
+    teachers = "the running average of its own weights" if lesson.mean_teacher else " and ".join(lesson.teachers)
+    divergence = f"{_called(objective.divergence)} to {teachers} at {temperature}"
     share = objective.hard_weight
     if callable(share):
         return f"(1 - w) x ({divergence}) + w x {text}, w {_number(share)}"
