@@ -23,6 +23,7 @@ from epigone.models.ngram import NGram
 from epigone.opened import open_node
 from epigone.pretrained import packaged, pretrained
 from epigone.store import write_json
+from epigone.teachers.kept import TopK
 from epigone.training.loop import Hardware, Training
 from epigone.view import Terminal
 
@@ -259,3 +260,32 @@ def test_an_ngram_reads_no_foreign_tokenizer(folder, corpus, tmp_path):
 
 def test_path_and_digest_are_told_apart():
     assert Pretrained("a", "same") == Pretrained("b", "same") != Pretrained("a", "other")
+
+
+def test_models_of_one_tokenizer_that_differ_in_padding_teach_and_begin_each_other(folder, corpus, tmp_path):
+    """As Qwen's, whose small models have 151,936 rows and whose large ones 152,064."""
+    config = hf_models.llama2()
+    config.vocab_size = 140
+    model = AutoModelForCausalLM.from_config(config)
+    hf_models.randomise(model, 1)
+    model.save_pretrained(tmp_path / "large")
+    Words().build(tiny.sentences(200)).export(tmp_path / "large")
+    large, small = pretrained(tmp_path / "large", "large"), pretrained(folder, "small")
+    assert (large.model.vocab_size, small.model.vocab_size) == (140, 131)
+    training = Training(steps=2, batch_size=2, sequence_length=16)
+    lesson = Lesson((Text(corpus),), start_from=small.key, teacher=large.key, objective=Objective(), training=training)
+    taught = Node("taught", 1, small.model, small.tokenizer, lesson)
+    begun = Node("begun", 1, small.model, small.tokenizer, replace(lesson, start_from=large.key, teacher=small.key))
+    fresh = replace(small.model, layers=1, vocab_size=150)
+    kept = replace(lesson, start_from=None, scores=TopK(4))
+    nodes = (large, small, taught, begun, Node("fresh", 1, fresh, large.tokenizer, kept))
+    evaluation = Evaluation(Text(corpus, "test", tokens=60), Text(corpus), write_tokens=0, contexts=10)
+    run = tmp_path / "runs" / "padding"
+    assert len(grown(Lineage("padding", nodes, evaluation), run)) == 5
+    for name in ("taught", "begun", "fresh"):
+        assert open_node(name, run).record["agreement"]
+    table = open_node("fresh", run).model.params["outer"]["embedding_VD"]
+    assert (open_node("fresh", run).model.vocab_size, table.shape[0]) == (140, 150)
+    less = replace(taught, model=replace(small.model, vocab_size=20))
+    with pytest.raises(UserError, match="vocab_size 20 is less than the"):
+        grown(Lineage("less", (large, small, less), None), tmp_path / "runs" / "less")

@@ -206,10 +206,18 @@ def load_model(config: Any, directory: Path, tokenizer: Tokenizer) -> LanguageMo
 
 
 def fill(config: Any, tokenizer: Tokenizer) -> Any:
-    """A decoder's config with the special ids of its tokenizer, and by default its size. UserError if it is smaller."""
-    if config.vocab_size is not None and config.vocab_size < tokenizer.size:
-        raise UserError(f"vocab_size {config.vocab_size} is less than the {tokenizer.size} tokens of the tokenizer")
-    return replace(config, vocab_size=config.vocab_size or tokenizer.size, specials=tokenizer.specials)
+    """A decoder's config with the special ids of its tokenizer, and by default its size.
+
+    Ids behind those of the tokenizer are rows of the table and nothing more: they are never predicted. Raises UserError
+    for a vocab_size that leaves out tokens.
+    """
+    size = config.vocab_size or tokenizer.size
+    if size < tokenizer.tokens:
+        raise UserError(f"vocab_size {size} is less than the {tokenizer.tokens} tokens of the tokenizer")
+    if size > tokenizer.size:
+        rows = -(-size // config.vocab_multiple) * config.vocab_multiple
+        config, size = replace(config, vocab_multiple=rows), tokenizer.size
+    return replace(config, vocab_size=size, specials=tokenizer.specials)
 
 
 def longest(node: Node, most: int = MAX_LENGTH) -> int:

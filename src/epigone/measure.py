@@ -27,7 +27,7 @@ def measured(node: Node, record: dict[str, Any], materials: Materials, view: Vie
     sizes = _byte_counts(materials.texts(evaluation.text, node.tokenizer), held_out, tokenizer)
     record["metrics"] = evaluate.evaluate_model(model, held_out, sizes, contexts)
     record["agreement"] = {
-        other.key: evaluate.compare_models(model, materials.model(other), contexts.prefixes)
+        other.key: evaluate.compare_models(model, materials.model(other), contexts.prefixes, padded=True)
         for other in _compared(node, materials)
     }
     prompts = [tokenizer.encode(prompt) for prompt in evaluation.prompts]
@@ -54,12 +54,15 @@ def _measure_writing(
     written = model.write(round(WRITTEN_MARGIN * evaluation.write_tokens), seed_of(record["identity"], "evaluate"))
     record["samples"] = [tokenizer.decode(ids) for ids in written[: evaluation.samples]]
     ancestor = materials.store.lineage.ancestor(node.key)
+    judge = materials.model(ancestor) if _one_tokenizer(node, ancestor, materials) else None
+    if judge is not None and judge.vocab_size < model.vocab_size:
+        judge = None  # it cannot read all that the node may write
     return evaluate.evaluate_text(
         written,
         materials.index(evaluation.real, node.tokenizer),
         evaluation.write_tokens,
         decode=tokenizer.decode,
-        judge=materials.model(ancestor) if ancestor.tokenizer == node.tokenizer else None,
+        judge=judge,
         cut_at=longest(node),
     )
 
@@ -67,4 +70,9 @@ def _measure_writing(
 def _compared(node: Node, materials: Materials) -> list[Node]:
     """Nodes whose next-token scores a node's are compared with: its teacher, and the one that the evaluation names."""
     others = [materials.store.lineage[key] for key in materials.store.compared(node)]
-    return [o for o in others if o.tokenizer == node.tokenizer and materials.store.record(o) is not None]
+    return [o for o in others if _one_tokenizer(node, o, materials) and materials.store.record(o) is not None]
+
+
+def _one_tokenizer(node: Node, other: Node, materials: Materials) -> bool:
+    """Whether the same ids mean the same text to both; their models may differ in padding."""
+    return materials.tokenizer(node.tokenizer).vocabulary == materials.tokenizer(other.tokenizer).vocabulary

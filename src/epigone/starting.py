@@ -20,7 +20,8 @@ def check_start(node: Node, materials: Materials) -> None:
     where = f"node '{node.key}' starts from '{start.key}'"
     if isinstance(start.model, NGram):
         raise UserError(f"{where}, which counts words and has no weights to start from")
-    if start.tokenizer != node.tokenizer:
+    theirs, ours = (materials.tokenizer(config) for config in (start.tokenizer, node.tokenizer))
+    if theirs.vocabulary != ours.vocabulary:
         raise UserError(f"{where}, which reads another tokenizer: give both one tokenizer")
     if lesson.adapters is not None:
         _check_adapters(where, node, materials)
@@ -31,7 +32,7 @@ def check_start(node: Node, materials: Materials) -> None:
     from epigone.models.inherit import check
 
     try:
-        check(_sized(start, materials), _sized(node, materials), lesson.inherit)
+        check(_sized(start, materials), _sized(node, materials), lesson.inherit, ours.tokens)
     except UserError as error:
         raise UserError(f"{where}: {error}") from None
 
@@ -65,20 +66,23 @@ def starting_weights(node: Node, materials: Materials, batches: Batches, seed: i
     from epigone.models.sharding import spread
 
     parent: Any = materials.model(materials.store.lineage[node.lesson.start_from or ""])
-    config, how = _sized(node, materials), node.lesson.inherit
-    if how is None:
-        return jax.tree.map(lambda array: array.astype(config.weights_dtype), parent.params)
-    from epigone.models.inherit import inherit
+    from epigone.models.inherit import Inherit, inherit
 
+    config, how = _sized(node, materials), node.lesson.inherit
+    if how is None and config.sizes.V == parent.config.sizes.V:
+        return jax.tree.map(lambda array: array.astype(config.weights_dtype), parent.params)
+    how = how or Inherit()
     drawn = (batches.batch(step) for step in range(CALIBRATION_BATCHES)) if how.needs_calibration else ()
     calibration = [(batch.tokens_BT, batch.positions_BT, batch.segments_BT) for batch in drawn]
     theirs = spread(parent.params, jax.tree.map(lambda leaf: leaf.sharding, decoder.abstract(parent.config)))
-    return inherit(parent.config, theirs, config, decoder.init(config, seed), how, calibration)
+    tokens = materials.tokenizer(node.tokenizer).tokens
+    return inherit(parent.config, theirs, config, decoder.init(config, seed), how, calibration, tokens=tokens)
 
 
 def _shape(model: Any) -> Any:
     """A decoder's config without what says nothing about its weights' shapes and places."""
-    return replace(model, vocab_size=None, dtype="float32", weights_dtype="float32", remat=None, specials=Specials())
+    types = {"dtype": "float32", "weights_dtype": "float32", "remat": None}
+    return replace(model, vocab_size=None, vocab_multiple=1, specials=Specials(), **types)
 
 
 def _sized(node: Node, materials: Materials) -> Any:

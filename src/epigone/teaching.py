@@ -37,7 +37,7 @@ def check_teacher(node: Node, materials: Materials) -> None:
     for key in lesson.teachers:
         teacher = materials.store.lineage[key]
         theirs, ours = (materials.tokenizer(config) for config in (teacher.tokenizer, node.tokenizer))
-        if theirs.identity != ours.identity:
+        if theirs.vocabulary != ours.vocabulary:
             raise UserError(
                 f"node '{node.key}' and its teacher '{teacher.key}' read different tokenizers, '{ours.name}' and "
                 f"'{theirs.name}': give both one tokenizer"
@@ -72,7 +72,7 @@ def teacher_of(
             lesson.objective,
             one,
             vocab_size=fill(node.model, own).vocab_size,
-            tokenizer_identity=own.identity,
+            tokenizer_identity=own.vocabulary,
             tokenizer_name=own.name,
         )
     return teacher, asked
@@ -106,8 +106,10 @@ def _in_memory(key: str, materials: Materials) -> Any:
     model: Any = materials.model(parent)
     tokenizer = materials.tokenizer(parent.tokenizer)
     if isinstance(parent.model, NGram):
-        return in_memory.NGramTeacher(model, tokenizer.identity, tokenizer.name)
-    return in_memory.DecoderTeacher(model.config, model.params, tokenizer.identity, tokenizer.name)
+        return in_memory.NGramTeacher(model, tokenizer.vocabulary, tokenizer.name)
+    return in_memory.DecoderTeacher(
+        model.config, model.params, tokenizer.vocabulary, tokenizer.name, tokens=tokenizer.tokens
+    )
 
 
 def _ensemble(node: Node, materials: Materials, rows: Sequence[Rows]) -> Any:
@@ -128,13 +130,18 @@ def _cached(node: Node, materials: Materials) -> Any:
     tokenizer = materials.tokenizer(parent.tokenizer)
     states, temperature = isinstance(lesson.scores, HiddenStates), lesson.objective.temperature
     temperature = 1.0 if states else temperature
-    name = fingerprint([store.lineage.identities[parent.key], tokenizer.identity, lesson.scores, temperature])
+    whole = tokenizer.size if isinstance(parent.model, NGram) else fill(parent.model, tokenizer).vocab_size
+    size = min(whole, fill(node.model, materials.tokenizer(node.tokenizer)).vocab_size)
+    wanted = [store.lineage.identities[parent.key], tokenizer.identity, lesson.scores, temperature]
+    # What a student with fewer rows cannot predict is left out of the scores before they are chosen.
+    name = fingerprint(wanted if states or size == whole else [*wanted, size])
     return CachedTeacher(
         lesson.scores,
         store.data / "scores" / name,
-        vocab_size=tokenizer.size if isinstance(parent.model, NGram) else fill(parent.model, tokenizer).vocab_size,
+        vocab_size=size,
         temperature=temperature,
-        tokenizer_identity=tokenizer.identity,
+        tokenizer_identity=tokenizer.vocabulary,
         tokenizer_name=tokenizer.name,
+        tokens=tokenizer.tokens,
         **(_in_memory(parent.key, materials).head_alone() if states else {}),
     )

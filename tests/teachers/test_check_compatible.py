@@ -13,6 +13,7 @@ from epigone.teachers import Signal, check_compatible
 @dataclass
 class Fake:
     vocab_size: int = 100
+    tokens: int | None = None
     tokenizer_identity: str = "aaaa"
     tokenizer_name: str = "bible"
     signal: Signal = Signal.DENSE_LOGITS
@@ -28,6 +29,8 @@ def test_what_fits_passes():
     check(Objective(hard_weight=0.5), Fake())
     check(TEXT_ALONE, None)
     check_compatible(Objective(), Fake(tokenizer_identity="any"), vocab_size=100)
+    check(Objective(), Fake(vocab_size=128, tokens=100))
+    check(Objective(), Fake(vocab_size=90, tokens=90))
 
 
 @pytest.mark.parametrize(
@@ -38,6 +41,8 @@ def test_what_fits_passes():
         (TEXT_ALONE, Fake(), "text alone"),
         (Objective(), Fake(signal=Signal.TEXT_ONLY), "text only"),
         (Objective(), Fake(vocab_size=128), r"teacher vocabulary 128 != student vocabulary 100.*'bible', 'novel'"),
+        (Objective(), Fake(vocab_size=128, tokens=110), "teacher vocabulary 128 != student vocabulary 100"),
+        (Objective(), Fake(vocab_size=128, tokens=100, tokenizer_identity="b"), "128 != student vocabulary 100"),
         (Objective(), Fake(tokenizer_identity="bbbb"), r"size 100.*'bible', 'novel'.*bbbb and aaaa"),
     ],
 )

@@ -113,6 +113,9 @@ class Tokenizer:
 
     Made by `Bytes`, `BPE` or `Words`, by a `PretrainedTokenizer`, or by `Tokenizer.load`. One from elsewhere comes with
     its conventions; its text and ids are those of the `tokenizers` library, and so of transformers' fast tokenizers.
+
+    `identity` is a hash of all of it; `vocabulary` of what gives ids their meaning alone, so that it is the same where
+    models differ in padding, template or settings.
     """
 
     def __init__(self, inner: "tokenizers.Tokenizer", conventions: Conventions | None = None):
@@ -126,11 +129,18 @@ class Tokenizer:
         whole = {"conventions": asdict(conventions), "tokenizer": described} if conventions else described
         self._json = json.dumps(whole, sort_keys=True, ensure_ascii=False)
         self.identity: str = hashlib.sha256(self._json.encode()).hexdigest()[:16]
+        self.vocabulary: str = _vocabulary(described, self.specials)
 
     @property
     def specials(self) -> Specials:
         """The ids that are no text."""
         return self.conventions.specials if self.conventions else Specials()
+
+    @functools.cached_property
+    def tokens(self) -> int:
+        """Ids up to the last one that a token has; those behind it, up to `size`, are padding of a model's rows."""
+        ids = (*self.inner.get_vocab(with_added_tokens=True).values(), self.specials.bos, self.specials.eos)
+        return min(self.size, 1 + max(ids))
 
     @property
     def chat_template(self) -> str | None:
@@ -250,3 +260,10 @@ class Tokenizer:
     def export(self, folder: Path) -> None:
         """Write the files from which transformers' `AutoTokenizer` makes a tokenizer of the same ids and text."""
         exported_tokenizers.export(self.inner, self.conventions, self._words, folder)
+
+
+def _vocabulary(described: Mapping[str, Any], specials: Specials) -> str:
+    """A hash of the map between text and ids, with the ids before and after a document."""
+    kept = {name: value for name, value in described.items() if name not in ("post_processor", "padding", "truncation")}
+    text = json.dumps([kept, specials.bos, specials.eos], sort_keys=True, ensure_ascii=False)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]

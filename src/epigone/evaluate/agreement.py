@@ -9,7 +9,9 @@ from epigone.evaluate.contexts import score_contexts
 from epigone.models.language_model import Document, LanguageModel
 
 
-def compare_models(student: LanguageModel, teacher: LanguageModel, prefixes: Sequence[Document]) -> dict[str, float]:
+def compare_models(
+    student: LanguageModel, teacher: LanguageModel, prefixes: Sequence[Document], *, padded: bool = False
+) -> dict[str, float]:
     """Compare two models' next-token distributions, S and P, averaged over contexts (token ids before the place).
 
     Both distributions are taken at temperature 1, over the same vocabulary, in nats and float64. With S the student
@@ -24,11 +26,13 @@ def compare_models(student: LanguageModel, teacher: LanguageModel, prefixes: Seq
       contexts.
     - `js`: Jensen-Shannon divergence, the mean of the KLs to the even mixture: symmetric, at most ln 2, finite always.
 
+    `padded`: see `score_contexts`.
+
     Raises:
         UserError: the vocabularies differ.
     """
     comparison = Comparison()
-    for scores_S, scores_P in score_contexts([student, teacher], prefixes):
+    for scores_S, scores_P in score_contexts([student, teacher], prefixes, padded=padded):
         comparison.add(scores_S, scores_P)
     return comparison.means()
 

@@ -74,8 +74,13 @@ def evaluation_contexts(
     return Contexts(tuple(document[:n] for document, n in places), np.array(targets, dtype=np.int64))
 
 
-def score_contexts(models: Sequence[LanguageModel], prefixes: Sequence[Document]) -> Iterator[list[np.ndarray]]:
+def score_contexts(
+    models: Sequence[LanguageModel], prefixes: Sequence[Document], *, padded: bool = False
+) -> Iterator[list[np.ndarray]]:
     """Next-token log-probabilities of the same prefixes under each model, chunk by chunk and in order.
+
+    `padded`: the models have one tokenizer, and where their vocabularies differ it is by padding at the end, which is
+    left out.
 
     Yields one float64 array [chunk, V] a model, normalised to sum_v exp = 1 and with -inf for every impossible token,
     so that no float32 rounding leaks into a divergence. No array over all prefixes and the vocabulary is ever made.
@@ -85,11 +90,17 @@ def score_contexts(models: Sequence[LanguageModel], prefixes: Sequence[Document]
         Fault: a model's probabilities are not numbers, or do not sum to 1 within 1e-3.
     """
     sizes = {model.vocab_size for model in models}
-    if len(sizes) > 1:
+    if len(sizes) > 1 and not padded:
         raise UserError(f"vocabularies of {sorted(sizes)} tokens cannot be compared token by token")
     step = max(1, CHUNK_SCORES // max(sizes))
     for start in range(0, len(prefixes), step):
-        yield [normalised(model.next_log_probs(prefixes[start : start + step])) for model in models]
+        rows = [normalised(model.next_log_probs(prefixes[start : start + step])) for model in models]
+        yield rows if len(sizes) == 1 else [_renormalised(scores_MV[:, : min(sizes)]) for scores_MV in rows]
+
+
+def _renormalised(scores_MV: np.ndarray) -> np.ndarray:
+    """Of some of the tokens, exp summing to 1 again."""
+    return scores_MV - np.log(np.exp(scores_MV).sum(axis=1))[:, None]
 
 
 def normalised(log_probs_MV: np.ndarray) -> np.ndarray:

@@ -28,6 +28,7 @@ from epigone.lessons.heads import (
     Head,
     Hidden,
     Weights,
+    alike,
     members,
     of_rows,
     product,
@@ -79,7 +80,8 @@ def fused_loss(
             teachers, or None; a constant.
         targets_BT: the next tokens, for losses that read them.
         weights_BT: of the tokens.
-        heads: the student's head, then those of the teachers; a teacher without one has the student's.
+        heads: the student's head, then those of the teachers; a teacher without one has the student's. Where they
+            differ in vocab_size, the least counts for all: what is padding to one is masked in all.
         mesh: the axes of the mesh that is set.
         chunk: tokens whose logits are made at once, on each device; by default as LOGITS_BYTES allow.
         knobs: numbers that change from step to step, for losses that read them; constants.
@@ -109,7 +111,7 @@ def per_token(
 
 
 def _how(loss: Loss, heads: tuple[Head | None, ...], mesh: Mesh, chunk: int | None) -> Fused:
-    own, *theirs = (head or heads[0] or Head() for head in heads)
+    own, *theirs = alike(heads)
     return Fused(loss, own, tuple(theirs) or (own,), mesh, chunk)
 
 

@@ -78,6 +78,15 @@ def of_rows(given: Any, rows: int) -> Any:
     return given._replace(weight_VD=weight, bias_V=None if bias is None else jnp.pad(bias, (0, more))[:rows])
 
 
+def alike(heads: Sequence[Head | None]) -> list[Head]:
+    """The student's head and those of its teachers over the ids that all of them can predict.
+
+    A teacher without a head has the student's.
+    """
+    known = [head.vocab_size for head in heads if head is not None and head.vocab_size is not None]
+    return [replace(head or heads[0] or Head(), vocab_size=min(known, default=None)) for head in heads]
+
+
 def product(given: Any, weights: Weights | None) -> Any:
     """hidden @ weight.T [C, V] in float32; what has no head as it is."""
     if weights is None:

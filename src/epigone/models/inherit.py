@@ -78,22 +78,29 @@ LAYER_FIELDS = (
 )
 """Fields that give the weights of a layer their meaning: a student that takes layers has its teacher's."""
 
-OUTER_FIELDS = ("vocab_size", "specials", "positions", "norm", "norm_bias", "logit_softcap")
+OUTER_FIELDS = ("positions", "norm", "norm_bias", "logit_softcap")
 """The same for the weights outside the layers."""
+
+VOCABULARY_FIELDS = ("vocab_size", "specials")
+"""The same for their rows, where it is not known that both vocabularies differ in padding alone."""
 
 NARROWER = {"D": "model_size", "N": "heads", "K": "kv_heads", "F": "ff_size", "E": "experts"}
 """The axes that are sliced, and the fields that set them."""
 
 
-def check(teacher: DecoderConfig, student: DecoderConfig, how: Inherit) -> None:
-    """Refuse, before any work, what cannot be inherited. Raises UserError with field, both values, and what to do."""
+def check(teacher: DecoderConfig, student: DecoderConfig, how: Inherit, tokens: int | None = None) -> None:
+    """Refuse, before any work, what cannot be inherited. Raises UserError with field, both values, and what to do.
+
+    `tokens`: ids of the one tokenizer that both read, where both may have more rows; None: it is not known.
+    """
     if how.layers is None and not how.embeddings:
         raise UserError("layers is None and embeddings is False: nothing is inherited; say what, or leave out inherit")
     if how.layers is not None:
         _check_layers(teacher, student, how)
         _check_same(teacher, student, LAYER_FIELDS)
     if how.embeddings:
-        _check_same(teacher, student, OUTER_FIELDS)
+        one = tokens is not None and min(teacher.sizes.V, student.sizes.V) >= tokens
+        _check_same(teacher, student, OUTER_FIELDS if one else VOCABULARY_FIELDS + OUTER_FIELDS)
         _check_outer(teacher, student)
     for letter, field in NARROWER.items():
         if how.layers is not None or letter == "D":
@@ -186,6 +193,7 @@ def inherit(
     how: Inherit,
     calibration: Iterable[Tokens] = (),
     sharding: Sharding = Sharding(),
+    tokens: int | None = None,
 ) -> nnx.State:
     """The student's starting weights, placed and typed as `student_params`, the values of what is not inherited.
 
@@ -195,10 +203,11 @@ def inherit(
         how: what is taken.
         calibration: batches (tokens_BT, positions_BT, segments_BT) of one shape, read when `how.needs_calibration`.
         sharding: where arrays live on the mesh that is set.
+        tokens: as in `check`. Rows that the teacher does not have start at 0.
 
     Raises UserError for what `check` refuses, and for a missing calibration.
     """
-    check(teacher, student, how)
+    check(teacher, student, how, tokens)
     measured = measure(teacher, teacher_params, calibration, sharding) if how.needs_calibration else None
     layers = how.chosen_layers(teacher, student, None if measured is None else measured.influence_L)
     scores = (how.width or first_units)(teacher, measured)

@@ -29,7 +29,7 @@ class Writing(NamedTuple):
     both distributions at the temperature. top_k and top_p then limit the mixture. Of a text, its first token (bos, but
     for a document that goes on from another row) and up to `prompt_tokens` more are given; up to `max_new` are drawn.
     `importance`: the weight of a drawn token y is S(y) / probability with which it was drawn, S at temperature 1, and
-    otherwise 1.
+    otherwise 1. `tokens`: ids from there on are padding to one of the models and never drawn; None: there are none.
     """
 
     student: DecoderConfig
@@ -39,6 +39,7 @@ class Writing(NamedTuple):
     max_new: int
     knobs: Knobs
     importance: bool
+    tokens: int | None = None
 
 
 class Given(NamedTuple):
@@ -161,6 +162,7 @@ def _choose(how: Writing, logits: tuple[jax.Array, ...], keys_B: jax.Array) -> t
 
 
 def _chosen(how: Writing, logits: tuple[jax.Array, ...], key_data_B: jax.Array) -> tuple[jax.Array, jax.Array]:
+    logits = tuple(x[:, : how.tokens] for x in logits)
     logits_BV = limited(how, *logits)
     token_B = draw(logits_BV, jax.random.wrap_key_data(key_data_B))
     if not how.importance:

@@ -29,7 +29,8 @@ class Teacher(Protocol):
 
     Attributes:
         vocab_size: entries of a logits row.
-        tokenizer_identity: identity of the tokenizer that the teacher reads and writes.
+        tokens: how many of them are tokens; the others, at the end, are padding. None: it is not known.
+        tokenizer_identity: what says that two tokenizers are one (`Tokenizer.vocabulary`).
         tokenizer_name: its name, for messages.
         signal: what it gives.
         scores: `(params, batch, fetched)` -> logits [B, T, V], `Hidden` states with a head, or `Sparse`; traced. A
@@ -39,6 +40,7 @@ class Teacher(Protocol):
     """
 
     vocab_size: int | None
+    tokens: int | None
     tokenizer_identity: str
     tokenizer_name: str
     signal: Signal
@@ -87,16 +89,29 @@ def check_compatible(
             "choose a teacher with scores, or train on its text with hard_weight=1"
         )
     names = f"(tokenizers '{teacher.tokenizer_name}', '{tokenizer_name}')"
-    if teacher.vocab_size != vocab_size:
+    another = tokenizer_identity is not None and teacher.tokenizer_identity != tokenizer_identity
+    if teacher.vocab_size != vocab_size and (another or not _padded(teacher, vocab_size)):
         raise UserError(
             f"teacher vocabulary {teacher.vocab_size} != student vocabulary {vocab_size} {names}: "
             "give both one tokenizer"
         )
-    if tokenizer_identity is not None and teacher.tokenizer_identity != tokenizer_identity:
+    if another:
         raise UserError(
             f"teacher and student read different tokenizers of the same size {vocab_size} {names}, identities "
             f"{teacher.tokenizer_identity} and {tokenizer_identity}: give both one tokenizer"
         )
+
+
+def _padded(teacher: Teacher, vocab_size: int | None) -> bool:
+    """Whether two vocabularies differ in padding alone: each holds all tokens."""
+    if teacher.tokens is None or teacher.vocab_size is None or vocab_size is None:
+        return False
+    return min(teacher.vocab_size, vocab_size) >= teacher.tokens
+
+
+def common_size(teacher: Teacher | None, vocab_size: int) -> int:
+    """Ids that both can predict: where vocabularies differ in padding, what one of them lacks is masked in both."""
+    return min(vocab_size, (teacher and teacher.vocab_size) or vocab_size)
 
 
 def check_kept(objective: Objective, kept: Any) -> None:

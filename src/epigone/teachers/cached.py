@@ -52,13 +52,15 @@ class CachedTeacher:
         temperature: float = 1.0,
         tokenizer_identity: str = "",
         tokenizer_name: str = "unnamed",
+        tokens: int | None = None,
         head: Head | None = None,
         head_VD: Any = None,
     ) -> None:
         self.kept, self.temperature, self.files = kept, temperature, ScoreFiles(directory)
-        self.vocab_size = vocab_size
+        self.vocab_size, self.tokens = vocab_size, tokens
         self.tokenizer_identity, self.tokenizer_name = tokenizer_identity, tokenizer_name
-        self.head, self._head_VD = head, head_VD
+        # Of a few scores it says which ids they are of, so that a student with more rows leaves those out.
+        self.head, self._head_VD = head or Head(vocab_size), head_VD
         states = isinstance(kept, HiddenStates)
         self.signal = Signal.HIDDEN_STATES if states else Signal.SPARSE_SCORES
         self.scores: Any = fetched_states if states else FetchedScores(Rest(kept.rest))  # type: ignore[union-attr]

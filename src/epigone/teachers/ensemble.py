@@ -60,7 +60,7 @@ class SeveralScores:
 
 
 class EnsembleTeacher:
-    """Several teachers with one vocabulary.
+    """Several teachers with one vocabulary, but for padding; what one of them lacks is masked in all.
 
     Where texts are routed, a segment is known by its content: so in any order and batch.
     """
@@ -68,7 +68,8 @@ class EnsembleTeacher:
     def __init__(self, members: Sequence[Teacher], how: Ensemble, routes: Mapping[bytes, int] | None = None):
         self.members, self.how, self.routes = list(members), how, routes
         first = self.members[0]
-        self.vocab_size = first.vocab_size
+        self.vocab_size = min((member.vocab_size for member in self.members if member.vocab_size), default=None)
+        self.tokens = first.tokens
         self.tokenizer_identity, self.tokenizer_name = first.tokenizer_identity, first.tokenizer_name
         self.signal = Signal.HIDDEN_STATES
         self.scores = SeveralScores(tuple(member.scores for member in self.members), how.combine, how.weigh)

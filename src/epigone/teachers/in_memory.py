@@ -43,10 +43,15 @@ class DecoderTeacher:
     signal = Signal.HIDDEN_STATES
 
     def __init__(
-        self, config: DecoderConfig, params: Any, tokenizer_identity: str, tokenizer_name: str = "unnamed"
+        self,
+        config: DecoderConfig,
+        params: Any,
+        tokenizer_identity: str,
+        tokenizer_name: str = "unnamed",
+        tokens: int | None = None,
     ) -> None:
         self.params = params
-        self.vocab_size = config.vocab_size
+        self.vocab_size, self.tokens = config.vocab_size, tokens
         self.tokenizer_identity, self.tokenizer_name = tokenizer_identity, tokenizer_name
         self.scores = DecoderStates(config)
         self.head = self.scores.head
@@ -87,7 +92,7 @@ class NGramTeacher:
 
     def __init__(self, model: NGramModel, tokenizer_identity: str, tokenizer_name: str = "unnamed") -> None:
         self.model = model
-        self.vocab_size = model.vocab_size
+        self.vocab_size = self.tokens = model.vocab_size
         self.tokenizer_identity, self.tokenizer_name = tokenizer_identity, tokenizer_name
 
     def place(self) -> Any:

@@ -4,7 +4,7 @@ import hashlib
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -163,7 +163,9 @@ class _Work:
         own = Batch(*(part[mine] for part in batch))
         arrays = to_mesh((own, self.teacher.fetch(own), hashes_BT2[mine]), 1, self.mesh)
         cut = Mesh(BATCH_AXES, "tensor" if self.mesh.shape["tensor"] > 1 else None)
-        how = (self.cached.kept, self.cached.temperature, self.teacher.scores, self.teacher.head or Head(), cut)
+        head = self.teacher.head if isinstance(self.teacher.head, Head) else Head()
+        head = replace(head, vocab_size=self.cached.vocab_size)
+        how = (self.cached.kept, self.cached.temperature, self.teacher.scores, head, cut)
         kept = _score(how, self.params, *arrays)
         return multihost_utils.process_allgather(kept, tiled=True) if jax.process_count() > 1 else jax.device_get(kept)
 

@@ -12,7 +12,7 @@ from epigone.lessons.objective import Objective
 from epigone.models import decoder
 from epigone.models.config import DecoderConfig
 from epigone.sampling.own_rows import Given, Writing, write_rows
-from epigone.teachers import Batch, Teacher
+from epigone.teachers import Batch, Teacher, common_size
 from epigone.teachers.cached import CachedTeacher
 from epigone.teachers.ensemble import EnsembleTeacher
 from epigone.teachers.in_memory import DecoderStates
@@ -50,7 +50,8 @@ class OwnTexts:
         self._how, self._seed, self._mesh, self._training, self._teacher = how, seed, mesh, training, teacher
         mixed = scores.config if decodes and how.teacher_share else None
         sizes = (how.prompt_tokens, how.max_new)
-        self._writing = Writing(model, mixed, how.teacher_share, *sizes, how.knobs, how.importance)
+        tokens = common_size(teacher, model.vocab_size or 0)
+        self._writing = Writing(model, mixed, how.teacher_share, *sizes, how.knobs, how.importance, tokens)
         self._turns = [0]
         self.kept = [_empty(training, mesh) for _ in range(how.replay)]
 

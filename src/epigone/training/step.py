@@ -53,10 +53,9 @@ def programs(
     student: Student, training: Training, objective: Objective, teacher: Teacher | None, mesh: jax.sharding.Mesh
 ) -> Programs:
     """The programs for this student, lesson and mesh; the same objects for equal configs."""
-    scores = teacher.scores if teacher else None
-    key = (fingerprint((student, training, objective, scores)), mesh)
+    scores, theirs = (teacher.scores, teacher.head) if teacher else (None, None)
+    key = (fingerprint((student, training, objective, scores, theirs)), mesh)
     if key not in _programs:
-        theirs = teacher.head if teacher else None
         heads = (student.head, *(theirs if isinstance(theirs, tuple) else (theirs,)))
         cut = Mesh(BATCH_AXES, "tensor" if mesh.shape["tensor"] > 1 else None)
         fused = partial(fused_loss, objective.loss, heads=heads, mesh=cut)

@@ -87,7 +87,7 @@ def _at_contexts(
     comparison = Comparison() if len(nodes) == 2 else None
     chunks: list[list[tuple[np.ndarray, np.ndarray]]] = []
     with progress(f"{' and '.join(opened.node.key for opened in nodes)}: places", len(contexts)) as advance:
-        for scores in score_contexts(models, contexts.prefixes):
+        for scores in score_contexts(models, contexts.prefixes, padded=True):
             chunks.append([first_choices(scores_MV) for scores_MV in scores])
             if comparison is not None:
                 comparison.add(*scores)
@@ -107,7 +107,7 @@ def longest_context(model: LanguageModel) -> int:
 
 def _comparable(node: OpenedNode, teacher: OpenedNode) -> bool:
     """Whether two nodes give scores to the same tokens."""
-    return (node.tokenizer.identity, node.model.vocab_size) == (teacher.tokenizer.identity, teacher.model.vocab_size)
+    return node.tokenizer.vocabulary == teacher.tokenizer.vocabulary
 
 
 def _refusal(node: OpenedNode, teacher: OpenedNode) -> str:
