@@ -1,10 +1,13 @@
-"""Adapted students: what a few trained numbers beside frozen weights learn, against training all of them.
+"""Adapted students: a few trained numbers beside frozen weights, and weights of few bits, against all of them in full.
 
 What     On the Bible in Basic English: a transformer teacher; a student that has learned another part of the text by
-         itself; and that student taught by the teacher's scores, with all of its weights trained, and with low-rank
-         adapters (LoRA) alone: of rank 8 and 2 on all matrices of the layers, and of rank 8 on queries and values.
+         itself; and that student taught by the teacher's scores. First with all of its weights trained. Then with
+         low-rank adapters (LoRA) alone: of rank 8 and 2 on all matrices of the layers, and of rank 8 on queries and
+         values. Then with matrices of int8 and int4 in every product of the training (aware), and, as their control,
+         the first one rounded to the same when it is done (rounded).
 Why      Hu et al. 2021: the change that adapts a model has low rank, so that gradients and the optimizer's state of the
-         weights themselves can be spared.
+         weights themselves can be spared. Jacob et al. 2018: a model that is trained with rounded weights loses less by
+         the rounding; with a teacher this is quantization-aware distillation (Polino et al. 2018).
 Command  epigone run configs/adapted_students.py
 Cost     Minutes on two cores.
 Expect   More trained numbers learn more in the same steps; adapters keep the optimizer's state small.
@@ -18,6 +21,7 @@ from epigone.lessons.objective import TEXT_ALONE, Objective
 from epigone.lineage import Evaluation, Lesson, Lineage, Node, Text, TrainedTokenizer
 from epigone.models.adapters import LowRank
 from epigone.models.config import DecoderConfig
+from epigone.models.quantization import Quantization
 from epigone.training.loop import Training
 from epigone.training.optimizer import Optimizer
 
@@ -33,6 +37,13 @@ ADAPTERS = {
     "lora-8-attention": LowRank(rank=8, alpha=16.0, targets=("query", "value")),
 }
 """Beside which matrices of the student something is trained."""
+
+
+QUANTIZATION = {
+    "int8": Quantization("int8", activations="int8"),
+    "int4": Quantization("int4"),
+}
+"""Types of the products: of matrices and what they are multiplied with, and of matrices alone."""
 
 
 def lineage(seeds: int = 2, steps: int = 150, scale: float = 1.0) -> Lineage:
@@ -68,5 +79,11 @@ def lineage(seeds: int = 2, steps: int = 150, scale: float = 1.0) -> Lineage:
             # Adapters take ten times the learning rate of all weights (Schulman et al. 2025, "LoRA Without Regret").
             lesson = change(whole, adapters=adapters, training=training(steps, 1e-2))
             nodes.append(change(student, name=name, lesson=lesson))
+        for name, how in QUANTIZATION.items():
+            model = change(SMALL, quantization=how)
+            nodes.append(change(student, name=f"{name}-aware", model=model))
+            # One step at a learning rate of zero: the weights of the student above, in other types.
+            as_it_is = change(whole, start_from=student.key, training=training(1, 0.0))
+            nodes.append(change(student, name=f"{name}-rounded", generation=3, model=model, lesson=as_it_is))
     evaluation = Evaluation(text=Text(BIBLE, split="test"), real=Text(BIBLE), write_tokens=0, contexts=500)
     return Lineage("adapted-students", tuple(nodes), evaluation, __doc__.partition("\n")[0])

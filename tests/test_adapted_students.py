@@ -1,6 +1,7 @@
 """The shipped experiment on adapted students, shrunk: what is trained, what is kept, and what is refused."""
 
 import dataclasses
+import sys
 from pathlib import Path
 
 import jax
@@ -11,18 +12,24 @@ import pytest
 from epigone.cli import main
 from epigone.errors import UserError
 from epigone.grow import grow
+from epigone.interchange.streaming import load_weights
+from epigone.interchange.weight_files import open_weights
 from epigone.lessons.objective import Objective
 from epigone.lineage import Lesson, Node, Pretrained
 from epigone.materials import Materials
-from epigone.models import adapters
+from epigone.models import adapters, decoder
 from epigone.models.adapters import LowRank
 from epigone.models.inherit import Inherit
+from epigone.models.quantization import Quantization
 from epigone.models.selection import most_active
+from epigone.opened import open_node
 from epigone.plan import plan
+from epigone.sampling.decode import DecoderLanguageModel
 from epigone.store import Store
 from epigone.training.checkpoint import load_params
 from epigone.training.loop import Training
-from epigone.verbs.descriptions import lesson_in_words
+from epigone.verbs.descriptions import lesson_in_words, quantization_in_words
+from epigone.verbs.export import export
 from epigone.verbs.run import load_config
 
 CONFIG = Path(__file__).parent.parent / "configs" / "adapted_students.py"
@@ -100,10 +107,52 @@ def test_a_node_that_is_done_is_its_start_with_its_adapters_merged(lineage, grow
         jax.tree.map(np.testing.assert_array_equal, merged, done.params)
 
 
-def test_all_students_begin_alike_and_differ_in_what_is_trained(lineage):
+def test_all_students_begin_alike_and_differ_in_what_is_trained_and_how_it_is_multiplied(lineage):
     students = [node for node in lineage.nodes if node.generation == 2]
-    assert len({(n.model, n.seed, n.lesson.text, n.lesson.start_from, n.lesson.teacher) for n in students}) == 1
-    assert len({n.lesson.adapters for n in students}) == 4
+    whole = {dataclasses.replace(n.model, quantization=None) for n in students}
+    assert len(whole) == len({(n.seed, n.lesson.text, n.lesson.start_from, n.lesson.teacher) for n in students}) == 1
+    assert len({(n.lesson.adapters, n.model.quantization) for n in students}) == len(students) == 6
+    assert all(n.lesson.training == students[0].lesson.training for n in students if not n.lesson.adapters)
+
+
+@pytest.mark.parametrize("name", ["int8", "int4"])
+def test_the_control_has_the_weights_of_the_student_that_it_rounds(name, lineage, grown):
+    """And it is measured rounded, as the one is that was trained so."""
+    store, records = grown
+    materials = Materials(store)
+    plain = materials.model(lineage["all-weights@2"])
+    control, aware = (materials.model(lineage[key]) for key in (f"{name}-rounded@3", f"{name}-aware@2"))
+    jax.tree.map(np.testing.assert_array_equal, plain.params, control.params)
+    assert any(jax.tree.leaves(jax.tree.map(lambda a, b: not np.array_equal(a, b), control.params, aware.params)))
+    document = [np.arange(4, 12, dtype=np.int32)]
+    grid = DecoderLanguageModel(control.config.on_grid, decoder.multiplied(control.config, control.params))
+    (mine,), (rounded,), (whole,) = (model.log_probs(document) for model in (control, grid, plain))
+    np.testing.assert_allclose(mine, rounded, atol=1e-5)
+    assert np.abs(mine - whole).max() > 1e-4
+    assert records[f"{name}-rounded"]["metrics"]["perplexity"] != records["all-weights"]["metrics"]["perplexity"]
+
+
+def test_an_export_has_the_weights_that_are_multiplied(lineage, grown, tmp_path):
+    store, _ = grown
+    opened = open_node("int4-aware@2", store.run)
+    export(opened, tmp_path / "out")
+    model = opened.model
+    read = load_weights(open_weights(tmp_path / "out"), model.config)
+    rows = (np.arange(4, 12, dtype=np.int32)[None], np.arange(8, dtype=np.int32)[None], np.ones((1, 8), np.int32))
+    plain = dataclasses.replace(model.config, quantization=None)
+    logits = [decoder.apply(*pair, *rows) for pair in ((plain, read), (model.config, model.params))]
+    np.testing.assert_allclose(*logits, atol=1e-5)
+    assert not np.allclose(decoder.apply(plain, model.params, *rows), logits[1], atol=1e-3)
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "matrices of the layers lie on a grid of int4, with a scale of every output" in card
+
+
+def test_what_an_export_does_not_say_is_on_its_card():
+    words = quantization_in_words(Quantization("int8", "int8", 32))
+    assert words == (
+        "matrices of the layers lie on a grid of int8, with a scale of blocks of 32 inputs; inputs of products were "
+        "rounded to int8, token by token, which these files do not say"
+    )
 
 
 def test_a_start_of_bfloat16_stays_so_and_others_learn_from_what_was_merged(lineage, grown, tmp_path):
@@ -150,6 +199,23 @@ def test_what_does_not_fit_is_refused_before_anything_is_grown(fields, line, lin
     assert not list((tmp_path / "run").glob("nodes/*"))
 
 
+def test_quantization_that_cannot_be_is_refused_before_anything_is_grown(lineage, tmp_path, monkeypatch):
+    node, adapted = lineage["int4-aware@2"], lineage["lora-8@2"]
+    other = dataclasses.replace(node.model, quantization=Quantization("int4", block=7))
+    cases = [
+        (dataclasses.replace(node, model=other), "'int4-aware@2': quantization: block=7 does not divide the 16 inputs"),
+        (dataclasses.replace(adapted, model=node.model), "adapters and quantization, and what is merged would be"),
+        (node, r"'int4-aware@2': quantization needs qwix: pip install 'epigone\[quantization\]'"),
+    ]
+    for one, line in cases:
+        if one is node:
+            monkeypatch.setitem(sys.modules, "qwix", None)
+        few = dataclasses.replace(lineage, nodes=(*lineage.nodes[:2], one), evaluation=None)
+        with pytest.raises(UserError, match=line):
+            grow(few, tmp_path / "run", view=Silent())
+    assert not list((tmp_path / "run").glob("nodes/*"))
+
+
 def test_adapters_need_weights_beside_which_they_lie():
     with pytest.raises(UserError, match="a lesson has adapters, and no weights that they lie beside: name the node"):
         Lesson(objective=Objective(), training=Training(), adapters=LowRank())
@@ -158,6 +224,9 @@ def test_adapters_need_weights_beside_which_they_lie():
 
 
 def test_fields_are_reached_from_the_command_line(capsys):
-    setting = "lora-2.lesson.adapters.rank=0"
-    assert main(["run", str(CONFIG), "--dry-run", "--seeds", "1", "--set", setting]) == 2
-    assert "adapters: rank=0 must be at least 1" in capsys.readouterr().err
+    for setting, line in (
+        ("lora-2.lesson.adapters.rank=0", "adapters: rank=0 must be at least 1"),
+        ("int4-aware.model.quantization.weights=int3", "weights='int3' is not one of int8, int4, fp8"),
+    ):
+        assert main(["run", str(CONFIG), "--dry-run", "--seeds", "1", "--set", setting]) == 2
+        assert line in capsys.readouterr().err

@@ -24,7 +24,7 @@ from epigone.models.language_model import Document
 from epigone.models.ngram import NGram, NGramModel
 from epigone.pretrained import import_weights
 from epigone.processes import first_then_all, is_first, wait
-from epigone.starting import check_start, starting_weights
+from epigone.starting import check_quantization, check_start, starting_weights
 from epigone.store import Store, kind
 from epigone.teaching import check_teacher, teacher_of
 from epigone.training.config import Hardware
@@ -105,6 +105,8 @@ def _check(nodes: list[Node], materials: Materials) -> None:
                 f"node '{node.key}' is trained, and weights_dtype '{node.model.weights_dtype}' rounds small steps "
                 "away: give it weights_dtype='float32' (dtype sets the type of the computation)"
             )
+        if getattr(node.model, "quantization", None):
+            check_quantization(node, materials)
         if lesson.start_from:
             check_start(node, materials)
         if lesson.objective is not None:

@@ -40,6 +40,11 @@ def check_start(node: Node, materials: Materials) -> None:
 def _check_adapters(where: str, node: Node, materials: Materials) -> None:
     from epigone.models.adapters import adapter_weights
 
+    if node.model.quantization is not None:
+        raise UserError(
+            f"{where} with adapters and quantization, and what is merged would be rounded anew: quantise in a node of "
+            "its own that starts from this one"
+        )
     if node.lesson.inherit is not None and node.lesson.inherit.needs_calibration:
         raise UserError(
             f"{where} with adapters and units that are chosen on text, which a resumed run would choose again: inherit "
@@ -47,6 +52,17 @@ def _check_adapters(where: str, node: Node, materials: Materials) -> None:
         )
     try:
         adapter_weights(node.lesson.adapters, _sized(node, materials))
+    except UserError as error:
+        raise UserError(f"node '{node.key}': {error}") from None
+
+
+def check_quantization(node: Node, materials: Materials) -> None:
+    """Refuse blocks that do not fit, and quantization without its library. Raises UserError that names the node."""
+    from epigone.models.projections import input_sizes
+    from epigone.models.quantization import check
+
+    try:
+        check(node.model.quantization, input_sizes(_sized(node, materials)))
     except UserError as error:
         raise UserError(f"node '{node.key}': {error}") from None
 
@@ -81,7 +97,7 @@ def starting_weights(node: Node, materials: Materials, batches: Batches, seed: i
 
 def _shape(model: Any) -> Any:
     """A decoder's config without what says nothing about its weights' shapes and places."""
-    types = {"dtype": "float32", "weights_dtype": "float32", "remat": None}
+    types = {"dtype": "float32", "weights_dtype": "float32", "remat": None, "quantization": None}
     return replace(model, vocab_size=None, vocab_multiple=1, specials=Specials(), **types)
 
 

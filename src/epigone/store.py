@@ -36,7 +36,8 @@ class Store:
         source = node.lesson.source
         if source is None:
             return self.directory(node) / "model"
-        shape = {k: v for k, v in canonical(node.model).items() if k not in ("dtype", "remat", "specials")}
+        use = ("dtype", "remat", "specials", "quantization")
+        shape = {k: v for k, v in canonical(node.model).items() if k not in use}
         kept_as = fingerprint(shape)
         return self.data / "pretrained" / f"{source.digest[:16]}-{kept_as[:4]}" / "model"
 

@@ -13,12 +13,14 @@ import pytest
 from training_toy import MODEL, TRAINING, Counting, losses, own_texts, run, weights
 
 from epigone.errors import Stopped
-from epigone.lessons.objective import TEXT_ALONE
+from epigone.lessons.objective import TEXT_ALONE, Objective
 from epigone.models import adapters, decoder
 from epigone.models.adapters import LowRank
+from epigone.models.quantization import Quantization
 from epigone.models.sharding import make_mesh
+from epigone.teachers.in_memory import DecoderTeacher
 from epigone.training.config import Hardware
-from epigone.training.optimizer import transformation
+from epigone.training.optimizer import Optimizer, transformation
 from epigone.training.own_texts import OwnTexts
 from epigone.training.sharding import to_mesh
 from epigone.training.step import programs
@@ -177,3 +179,70 @@ def _cast(*kinds):
     for kind in kinds:
         params = jax.tree.map(lambda leaf, kind=kind: leaf.astype(kind), params)
     return params
+
+
+# ------------------------------------------------------------------ products in shorter types
+FOUR = replace(MODEL, quantization=Quantization("int4"))
+
+
+@pytest.fixture(scope="module")
+def aware(tmp_path_factory):
+    training = replace(SHORT, log_every=1)
+    return run(tmp_path_factory.mktemp("aware"), model=FOUR, training=training, initial_params=start)
+
+
+def test_a_quantised_student_is_trained_as_it_is_multiplied_and_its_weights_are_not(aware, tmp_path):
+    """The loss of a step is that of rounded weights; what is kept of them is float32, off the grid."""
+    batch = Counting().batch(0)
+    grid = decoder.multiplied(FOUR, start())
+    logits = decoder.apply(MODEL, grid, batch.tokens_BT, batch.positions_BT, batch.segments_BT)
+    loss_BT = TEXT_ALONE.loss(logits, None, batch.targets_BT)
+    assert losses(aware)[0] == pytest.approx(np.average(loss_BT, weights=batch.weights_BT), rel=1e-5)
+    plain = run(tmp_path, training=replace(SHORT, log_every=1), initial_params=start)
+    assert losses(aware)[0] != pytest.approx(losses(plain)[0], rel=1e-4)
+    kept, rounded = weights(aware), jax.tree.leaves(decoder.multiplied(FOUR, aware.params))
+    assert any(not np.array_equal(a, b) for a, b in zip(kept.values(), rounded, strict=True))
+    assert {leaf.dtype for leaf in kept.values()} == {np.dtype("float32")}
+    # A grid of four bits would have 15 numbers an output; after six steps there are as many as inputs.
+    assert all(len(set(row)) == 16 for row in weights(aware)["['layers']['up_LDF'].value"][0].T)
+
+
+def test_the_slope_goes_straight_through_the_rounding(tmp_path):
+    """The first step of plain descent is the gradient at the rounded weights, taken from those that are not."""
+    training = replace(SHORT, steps=1, optimizer=Optimizer(_descent, learning_rate=0.5, warmup_steps=0, clip_norm=None))
+    done = run(tmp_path, model=FOUR, training=training, initial_params=start)
+    batch, grid = Counting().batch(0), decoder.multiplied(FOUR, start())
+
+    def mean_loss(params):
+        logits = decoder.apply(MODEL, params, batch.tokens_BT, batch.positions_BT, batch.segments_BT)
+        loss_BT = TEXT_ALONE.loss(logits, None, batch.targets_BT)
+        return jnp.sum(loss_BT * batch.weights_BT) / jnp.sum(batch.weights_BT)
+
+    slope = jax.jit(jax.grad(mean_loss))(grid)
+    wanted = jax.tree.map(lambda weight, gradient: weight - 0.5 * gradient, start(), slope)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), done.params, wanted)
+
+
+def _descent(optimizer, rate):
+    return optax.sgd(rate)
+
+
+@pytest.mark.parametrize("hardware", [Hardware(data=2, fsdp=2, tensor=2)], ids=["2x2x2"])
+def test_hardware_changes_nothing_of_a_quantised_student(hardware, aware, tmp_path):
+    training = replace(SHORT, log_every=1)
+    other = run(tmp_path, model=FOUR, training=training, initial_params=start, hardware=hardware)
+    np.testing.assert_allclose(losses(other), losses(aware), rtol=1e-5)
+
+
+def test_the_teacher_of_a_quantised_student_is_not_quantised(tmp_path):
+    """The first loss is KL(teacher as it is, student rounded)."""
+    teacher = DecoderTeacher(MODEL, jax.tree.map(lambda w: 3 * w, decoder.init(MODEL, 5)), "id")
+    training = replace(SHORT, steps=1)
+    given = {"teacher": teacher, "objective": Objective(), "initial_params": start, "training": training}
+    batch = Counting().batch(0)
+    rows = (batch.tokens_BT, batch.positions_BT, batch.segments_BT)
+    pairs = ((MODEL, teacher.params), (FOUR, start()))
+    of_teacher, of_student = (jax.nn.log_softmax(decoder.apply(*pair, *rows)) for pair in pairs)
+    kl_BT = jnp.sum(jnp.exp(of_teacher) * (of_teacher - of_student), -1)
+    wanted = np.average(kl_BT, weights=batch.weights_BT)
+    assert losses(run(tmp_path, model=FOUR, **given)) == [pytest.approx(wanted, rel=1e-5)]

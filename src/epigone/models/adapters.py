@@ -20,11 +20,8 @@ from flax import nnx
 from epigone.errors import UserError
 from epigone.models.config import DecoderConfig, Weight, layer_weights
 from epigone.models.decoder import Decoder, forward_flops, initial, structure
-from epigone.models.projections import adapter_names, axes_of, word_of
+from epigone.models.projections import MATRICES, adapter_names, axes_of, word_of
 from epigone.models.sharding import Sharding, check, named, out, suffix
-
-ATTENTION = ("query", "key", "value", "mix")
-FEED_FORWARD = ("gate", "up", "down")
 
 Adapters = dict[str, jax.Array]
 """A and B of every target, by name, stacked on L."""
@@ -48,11 +45,10 @@ class LowRank:
     def __post_init__(self) -> None:
         if self.rank < 1 or not 0.0 < self.alpha < float("inf"):
             raise UserError(f"adapters: rank={self.rank} must be at least 1, and alpha={self.alpha:g} above 0")
-        known = (*ATTENTION, *FEED_FORWARD)
         for target in self.targets or ():
-            if target not in known:
-                near = get_close_matches(target, known, n=1)
-                advice = f"did you mean '{near[0]}'?" if near else f"known: {', '.join(known)}"
+            if target not in MATRICES:
+                near = get_close_matches(target, MATRICES, n=1)
+                advice = f"did you mean '{near[0]}'?" if near else f"known: {', '.join(MATRICES)}"
                 raise UserError(f"adapters: no target '{target}'; {advice}")
         if self.targets is not None and len(set(self.targets)) != max(1, len(self.targets)):
             raise UserError(f"adapters: targets {self.targets} must name each matrix once; None takes all")
@@ -86,7 +82,7 @@ def adapter_weights(how: LowRank, config: DecoderConfig) -> dict[str, Weight]:
 
 def _matrices(how: LowRank, config: DecoderConfig) -> list[str]:
     """Names of the matrices that have adapters."""
-    words = ATTENTION if config.experts else (*ATTENTION, *FEED_FORWARD)
+    words = MATRICES[:4] if config.experts else MATRICES
     having = {word_of(name): name for name in layer_weights(config) if word_of(name) in words}
     for target in how.targets or ():
         if target not in having:

@@ -1,7 +1,7 @@
 """What a decoder is: one frozen dataclass, in which the families are data, and the sizes that follow from it."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from epigone.errors import UserError
 from epigone.models.language_model import Specials
 from epigone.models.layers import learned, offset_rms_norm, rms_norm, rotary, silu
+from epigone.models.quantization import Quantization
 from epigone.models.rope import RopeScaling
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -73,6 +74,8 @@ class DecoderConfig:
         dtype: type of the computation; logits are float32.
         weights_dtype: type of the parameters.
         remat: what the backward pass keeps of each layer: save_nothing, save_products, or None for all.
+        quantization: the shorter types in which the products of the layers are taken, in training and ever after; the
+            weights themselves keep their own. None for none.
     """
 
     vocab_size: int | None = None
@@ -115,6 +118,7 @@ class DecoderConfig:
     dtype: str = "float32"
     weights_dtype: str = "float32"
     remat: Callable[..., bool] | None = None
+    quantization: Quantization | None = None
 
     def __post_init__(self) -> None:
         for name in ("layers", "model_size", "heads", "max_length", "vocab_multiple", "experts_per_token"):
@@ -168,6 +172,15 @@ class DecoderConfig:
         return (self.head_size or self.model_size // self.heads) ** -0.5
 
     @property
+    def on_grid(self) -> "DecoderConfig":
+        """That of a model whose matrices are rounded already (`projections.on_grid`)."""
+        how = self.quantization
+        if how is None or how.weights is None:
+            return self
+        rest = replace(how, weights=None, block=None) if how.activations else None
+        return replace(self, quantization=rest)
+
+    @property
     def compute_dtype(self) -> Any:
         """The type of the computation."""
         return jnp.dtype(self.dtype)
@@ -212,6 +225,8 @@ def _check_layers(config: DecoderConfig) -> None:
         raise UserError(f"experts_per_token {config.experts_per_token} is more than experts {config.experts}")
     if config.experts is not None and config.ff_bias:
         raise UserError(f"ff_bias with experts {config.experts}: experts have no biases")
+    if config.experts is not None and config.quantization is not None:
+        raise UserError(f"quantization with experts {config.experts}: the products of experts are not rounded")
     special = max((config.specials.pad, config.specials.bos, config.specials.eos, *config.specials.never))
     if config.vocab_size is not None and special >= config.vocab_size:
         raise UserError(f"special token {special} lies outside a vocabulary of vocab_size {config.vocab_size}")

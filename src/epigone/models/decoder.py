@@ -27,7 +27,7 @@ from epigone.models.attention import attend, causal_mask, choose_attention
 from epigone.models.config import DecoderConfig, Weight, layer_weights, outer_weights
 from epigone.models.experts import mixture
 from epigone.models.layers import Angles, learned, rotate, soft_cap
-from epigone.models.projections import project
+from epigone.models.projections import on_grid, project
 from epigone.models.sharding import Sharding, check, named, out, placed, suffix
 
 NEVER = -1e9
@@ -258,6 +258,14 @@ def abstract(config: DecoderConfig, sharding: Sharding = Sharding()) -> nnx.Stat
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=named(sharding.weight(suffix(name))))
 
     return jax.tree_util.tree_map_with_path(target, state)
+
+
+@partial(jax.jit, static_argnames=("config", "sharding"))
+def multiplied(config: DecoderConfig, params: nnx.State, sharding: Sharding = Sharding()) -> nnx.State:
+    """The parameters with matrices as they are multiplied: rounded where the config says so, else as they are."""
+    model = nnx.merge(structure(config, sharding), params)
+    model.layers = nnx.Dict({name: nnx.Param(w) for name, w in on_grid(config, arrays(model.layers)).items()})
+    return nnx.split(model)[1]
 
 
 def apply(

@@ -1,15 +1,19 @@
-"""Products with the matrices of a layer, and with the low-rank adapters that may lie beside them."""
+"""Products with the matrices of a layer: rounded where that is asked for, and with low-rank adapters beside them."""
 
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from epigone.models.quantization import rounded
 from epigone.models.sharding import Sharding, out, placed, suffix
+
+MATRICES = ("query", "key", "value", "mix", "gate", "up", "down")
+"""Those of attention and of the feed-forward, by their words."""
 
 
 def project(config: Any, sharding: Sharding, weights: dict[str, jax.Array], x: jax.Array, name: str) -> jax.Array:
-    """x W [+ (x A) B] [+ bias].
+    """x W [+ (x A) B] [+ bias], with x and W in the types of the config's quantization.
 
     Args:
         config: the decoder's.
@@ -20,12 +24,37 @@ def project(config: Any, sharding: Sharding, weights: dict[str, jax.Array], x: j
     """
     inputs, outputs = axes_of(name)
     low, high = adapter_names(name)
-    y = _product(config, sharding, x, weights[name], inputs, outputs)
+    y = _product(config, sharding, *_quantized(config, x, name, weights[name]), inputs, outputs)
     if low in weights:
         x_BTR = _product(config, sharding, x, weights[low], inputs, "R")
         y = y + _product(config, sharding, x_BTR, weights[high], "R", outputs)
     bias = weights.get(f"{word_of(name)}_bias_L{outputs}")
     return y if bias is None else y + placed(bias.astype(config.compute_dtype), sharding.gathered(outputs))
+
+
+def _quantized(config: Any, x: jax.Array, name: str, weight: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """What is multiplied."""
+    how, count = config.quantization, len(axes_of(name)[0])
+    if how is None:
+        return x, weight
+    if how.activations:
+        x = rounded(x, how.activations, tuple(range(2, 2 + count)))
+    return x, rounded(weight, how.weights, tuple(range(count)), how.block) if how.weights else weight
+
+
+def on_grid(config: Any, weights: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    """The weights of all layers, their matrices as they are multiplied; `config.on_grid` is the config of these."""
+    how = config.quantization
+    if how is None or how.weights is None:
+        return weights
+    inputs = {name: tuple(range(1, 1 + len(axes_of(name)[0]))) for name in weights if word_of(name) in MATRICES}
+    return weights | {name: rounded(weights[name], how.weights, axes, how.block) for name, axes in inputs.items()}
+
+
+def input_sizes(config: Any) -> dict[str, int]:
+    """Inputs of each matrix."""
+    s = config.sizes
+    return {word: s.F if word == "down" else s.N * s.H if word == "mix" else s.D for word in MATRICES}
 
 
 def word_of(name: str) -> str:

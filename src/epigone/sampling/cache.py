@@ -21,6 +21,7 @@ from epigone.models.attention import attend as full_attention
 from epigone.models.config import DecoderConfig
 from epigone.models.decoder import Decoder, Weights, arrays, block, by_layer, never_predicted
 from epigone.models.layers import soft_cap
+from epigone.models.projections import on_grid
 from epigone.models.sharding import Sharding, in_mesh, out, placed
 
 Ring = tuple[jax.Array, jax.Array]
@@ -134,9 +135,13 @@ def _index(axes: tuple[str, ...]) -> jax.Array | int:
 
 
 def ready(config: DecoderConfig, group: nnx.Dict) -> Weights:
-    """The arrays of a group of parameters, matrices in the type of the computation."""
+    """The arrays of a group of parameters as they are multiplied, matrices in the type of the computation.
+
+    `config.on_grid` is the config of a model that has them.
+    """
     kind = config.compute_dtype
-    return {n: w if "norm" in n or w.dtype == kind else w.astype(kind) for n, w in arrays(group).items()}
+    weights = on_grid(config, arrays(group))
+    return {n: w if "norm" in n or w.dtype == kind else w.astype(kind) for n, w in weights.items()}
 
 
 def unstacked(model: Decoder) -> list[Weights]:
@@ -172,7 +177,7 @@ def read_one(
     x_B1D, written = model.embed(tokens_B1, positions_B1), []
     for weights, ring, bound in zip(layers, rings, config.windowed_layers, strict=True):
         mix = _ring_mix(model, ring, column, masks[bound])
-        x_B1D, ring = block(config, sharding, weights, x_B1D, angles[bound], mix)
+        x_B1D, ring = block(config.on_grid, sharding, weights, x_B1D, angles[bound], mix)
         written.append(ring)
     return _next_logits(model, model.finish(x_B1D)), written
 

@@ -35,7 +35,7 @@ def read_many(
     x_BTD, written = model.embed(tokens_BT, positions_BT), []
     for weights, ring, bound in zip(layers, rings, config.windowed_layers, strict=True):
         mix = _mix(model, ring, position_B, masks[bound])
-        x_BTD, ring = block(config, sharding, weights, x_BTD, angles[bound], mix)
+        x_BTD, ring = block(config.on_grid, sharding, weights, x_BTD, angles[bound], mix)
         written.append(ring)
     return model.finish(x_BTD), written
 

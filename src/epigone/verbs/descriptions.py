@@ -59,6 +59,14 @@ def _written(text: Written) -> str:
     return f"text written by {text.by}{given} ({drawn}{chosen}{judge})"
 
 
+def quantization_in_words(how: Any) -> str:
+    """What of it is in the weights of a file, and what is not."""
+    of = f"blocks of {how.block} inputs" if how.block else "every output"
+    weights = f"matrices of the layers lie on a grid of {how.weights}, with a scale of {of}" if how.weights else ""
+    missing = f"inputs of products were rounded to {how.activations}, token by token, which these files do not say"
+    return "; ".join(part for part in (weights, missing if how.activations else "") if part)
+
+
 def _objective(lesson: Lesson) -> str:
     objective = lesson.objective
     if not isinstance(objective, Objective):

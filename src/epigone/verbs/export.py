@@ -89,12 +89,15 @@ def _write(opened: OpenedNode, folder: Path, dtype: str | None, shard_bytes: int
     """Every file but the manifest."""
     from epigone.interchange.huggingface import write_config
     from epigone.interchange.streaming import save_weights
+    from epigone.models.decoder import multiplied
 
     config = fill(opened.node.model, opened.tokenizer)
-    config = replace(config, weights_dtype=dtype or config.weights_dtype)
+    config = replace(config, weights_dtype=dtype or config.weights_dtype, quantization=None)
     family = write_config(config)["model_type"]  # refuses what no family has before the weights are read
     model: Any = opened.model
-    save_weights(folder, config, model.params, shard_bytes=shard_bytes)
+    # As they are multiplied: who reads the files rounds nothing.
+    params = multiplied(model.config, model.params) if model.config.quantization else model.params
+    save_weights(folder, config, params, shard_bytes=shard_bytes)
     opened.tokenizer.export(folder)
     said = json.dumps(generation_config(config.specials), indent=2)
     (folder / "generation_config.json").write_text(said + "\n", "utf-8")

@@ -22,6 +22,7 @@ from epigone.verbs.descriptions import (
     number,
     one_line,
     plain,
+    quantization_in_words,
     real_texts,
     without_places,
 )
@@ -173,6 +174,8 @@ def _glance(node: Node, record: Record, family: str, dtype: str) -> list[Line]:
     shape = f"{family}: {sizes.layers} layers, {sizes.model_size} features, {sizes.heads} heads"
     rounded = "" if dtype == sizes.weights_dtype else f", made of {sizes.weights_dtype}"
     lines = [Line("Architecture", f"{shape}, up to {sizes.max_length} tokens"), Line("Weights", dtype + rounded)]
+    if how := sizes.quantization:
+        lines += [Line("Quantization", quantization_in_words(how))]
     lines += [Line("Learned from", ", ".join(f"{p['key']} ({p['role']})" for p in record["parents"]) or "nobody")]
     return [*lines, Line("Perplexity of held-out text", number(metrics.get("perplexity")))]
 
