@@ -109,6 +109,7 @@ def _plan_decoder(row: PlannedNode, node: Node, lineage: Lineage, materials: Mat
             continue
         teaching = sized(teacher, materials)
         mixed = own.written_share if own and own.teacher_share else 0
+        # One with another tokenizer is taken to read as many tokens as the student; its text says how many.
         per_token += (1 + mixed) * flops_per_token(teaching, length, training=False)
         memory += 4 * parameter_count(teaching) + logits
     flops = round(tokens * per_token)

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from epigone.data.packing import Rows
+from epigone.data.token_bytes import TokenBytes
 from epigone.errors import UserError
 from epigone.identity import fingerprint
 from epigone.lineage import Node
@@ -16,6 +17,7 @@ from epigone.view import View
 
 def check_teacher(node: Node, materials: Materials) -> None:
     """Refuse teachers that are missing, not needed, or of another tokenizer, before anything is grown."""
+    from epigone.lessons.alignment import aligns, name_of
     from epigone.teachers import check_kept, check_needed
     from epigone.teachers.ensemble import Ensemble
     from epigone.teachers.mean_teacher import check_mean_teacher
@@ -32,16 +34,29 @@ def check_teacher(node: Node, materials: Materials) -> None:
         (lesson.ensemble or Ensemble()).check(lesson.teachers, len(lesson.text))
     check_kept(lesson.objective, lesson.scores)
     models = [materials.store.lineage[key].model for key in lesson.teachers]
-    decodes = len(models) == 1 and not isinstance(models[0], NGram)
+    aligned = lesson.objective.needs_teacher and aligns(lesson.objective.divergence)
+    decodes = len(models) == 1 and not isinstance(models[0], NGram) and not aligned
     check_on_policy(lesson.on_policy or TEXT_ONLY, lesson.objective, decodes if models else None)
+    if aligned and (lesson.scores or lesson.ensemble or len(models) > 1):
+        raise UserError(
+            f"node '{node.key}': {name_of(lesson.objective.divergence)} takes one teacher beside the student, which "
+            "reads every batch in its own tokens: leave out scores, ensemble and further teachers"
+        )
     for key in lesson.teachers:
-        teacher = materials.store.lineage[key]
-        theirs, ours = (materials.tokenizer(config) for config in (teacher.tokenizer, node.tokenizer))
-        if theirs.vocabulary != ours.vocabulary:
-            raise UserError(
-                f"node '{node.key}' and its teacher '{teacher.key}' read different tokenizers, '{ours.name}' and "
-                f"'{theirs.name}': give both one tokenizer"
-            )
+        _check_tokenizers(node, materials.store.lineage[key], materials, aligned)
+
+
+def _check_tokenizers(node: Node, teacher: Node, materials: Materials, aligned: bool) -> None:
+    theirs, ours = (materials.tokenizer(config) for config in (teacher.tokenizer, node.tokenizer))
+    if aligned:
+        for tokenizer in (theirs, ours):
+            TokenBytes(tokenizer)
+    elif theirs.vocabulary != ours.vocabulary:
+        raise UserError(
+            f"node '{node.key}' and its teacher '{teacher.key}' read different tokenizers, '{ours.name}' of "
+            f"{ours.size} tokens and '{theirs.name}' of {theirs.size}: give both one, or take an objective that aligns "
+            "them by bytes (likelihood_matching, common_tokens or uld of epigone.lessons.alignment)"
+        )
 
 
 def teacher_of(
@@ -51,6 +66,7 @@ def teacher_of(
 
     Where a lesson keeps scores, those of the rows are on disk afterwards.
     """
+    from epigone.lessons.alignment import aligns
     from epigone.teachers import check_compatible
     from epigone.teachers.mean_teacher import MeanTeacher
 
@@ -67,6 +83,12 @@ def teacher_of(
         teacher = _ensemble(node, materials, rows)
     else:
         teacher = _in_memory(lesson.teachers[0], materials)
+    if aligns(lesson.objective.divergence):
+        from epigone.teachers.other_tokenizer import ROOM, fitted
+
+        view.stage("align tokens")
+        theirs = materials.tokenizer(materials.store.lineage[lesson.teachers[0]].tokenizer)
+        teacher, asked["alignment"] = fitted(teacher, theirs, own, rows, ROOM if lesson.on_policy else 1.0)
     for one in getattr(teacher, "members", [teacher]):
         check_compatible(
             lesson.objective,

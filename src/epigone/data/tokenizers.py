@@ -152,7 +152,7 @@ class Tokenizer:
         return plain_text.without_specials(self.inner) if self.conventions else self.inner
 
     @functools.cached_property
-    def _special_ids(self) -> frozenset[int]:
+    def special_ids(self) -> frozenset[int]:
         """Ids that vanish when they are decoded."""
         if self.conventions is None:
             return frozenset(range(len(SPECIALS)))
@@ -180,15 +180,24 @@ class Tokenizer:
         encodings = self._plain.encode_batch_fast(list(texts), add_special_tokens=False)
         return [np.array(encoding.ids, np.int32) for encoding in encodings]
 
+    def encode_with_spans(self, text: str) -> tuple[np.ndarray, np.ndarray]:
+        """`encode`, and of each token the characters of the text that it stands for: first and end, [tokens, 2]."""
+        encoding = self._plain.encode(text, add_special_tokens=False)
+        return np.array(encoding.ids, np.int32), np.array(encoding.offsets, np.int64).reshape(-1, 2)
+
     def decode(self, ids: Sequence[int] | np.ndarray, specials: bool = False) -> str:
         """Readable text. Special tokens vanish unless `specials`; an unknown word is written as U+FFFD.
 
         Of words, `encode(decode(ids))` gives `ids` back. Of bytes and BPE, `decode(encode(text))` gives `text` back.
         """
-        kept = [int(index) for index in ids if specials or int(index) not in self._special_ids or self._unknown(index)]
+        kept = [int(index) for index in ids if specials or int(index) not in self.special_ids or self._unknown(index)]
         if self._words:
-            return readable([UNKNOWN if self._unknown(index) else self.token(index) for index in kept])
+            return readable([self.shown(index) for index in kept])
         return self.inner.decode(kept, skip_special_tokens=False)
+
+    def shown(self, index: int) -> str:
+        """A word as it is printed; an unknown one as U+FFFD."""
+        return UNKNOWN if self._unknown(index) else self.token(index)
 
     def _unknown(self, index: int) -> bool:
         return self._words and index == self.specials.unk
@@ -199,7 +208,7 @@ class Tokenizer:
 
     def _may_change(self, index: int) -> bool:
         """Whether what follows can change how this id is written: bytes of one character, and what vanishes between."""
-        return index in self._special_ids or bool(_BYTE.fullmatch(self.inner.id_to_token(index) or ""))
+        return index in self.special_ids or bool(_BYTE.fullmatch(self.inner.id_to_token(index) or ""))
 
     def token(self, index: int) -> str:
         """The token as it is shown to a reader. Raises UserError if there is no such id."""
@@ -208,7 +217,7 @@ class Tokenizer:
             raise UserError(f"token id {index} is outside the tokenizer '{self.name}' of {self.size} tokens")
         if token is None:
             return f"⟨unused {index}⟩"
-        if self._words or int(index) in self._special_ids:
+        if self._words or int(index) in self.special_ids:
             return token
         shown = self.inner.decode([int(index)], skip_special_tokens=False)
         return f" {shown}" if token.startswith("▁") and not shown.startswith(" ") else shown

@@ -71,11 +71,16 @@ _NO_SPACE_AFTER = frozenset("([{-/$#")
 
 def readable(tokens: Sequence[str]) -> str:
     """Join words and marks as they are printed; each double quote opens or closes in turn."""
+    return "".join(readable_pieces(tokens))
+
+
+def readable_pieces(tokens: Sequence[str], start: bool = True) -> list[str]:
+    """Each with the space that is printed before it. `start`: the first one begins a text."""
     pieces: list[str] = []
-    glued, quoted = True, False
+    glued, quoted = start, False
     for token in tokens:
         closes = token == '"' and quoted
         pieces.append(token if glued or closes or token in _NO_SPACE_BEFORE else f" {token}")
         glued = token in _NO_SPACE_AFTER or (token == '"' and not quoted)
         quoted ^= token == '"'
-    return "".join(pieces)
+    return pieces

@@ -10,7 +10,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
 
 from epigone.lessons.ensemble import Several
-from epigone.lessons.heads import Head, Hidden, members, product, read, weights_of, with_members
+from epigone.lessons.heads import Beside, Head, Hidden, members, product, read, weights_of, with_members
 from epigone.lessons.sparse import Sparse
 
 LOGITS_BYTES = 450_000_000
@@ -37,6 +37,8 @@ def specs(mesh: Mesh, given: Any) -> Any:
         scores = rows if isinstance(one, Sparse) else P(mesh.batch or None, None, mesh.vocab)
         return jax.tree.map(lambda _: scores, one)
 
+    if isinstance(given, Beside):
+        return Beside(spec(given.given), rows)
     all_of_it = with_members(given, [spec(one) for one in members(given)])
     return Several(all_of_it.members, rows, given.combine, given.weigh) if isinstance(given, Several) else all_of_it
 

@@ -25,6 +25,7 @@ from jaxtyping import Array, Float, Int
 from epigone.lessons.chunks import Mesh, cut, placed, sizes, specs, whole
 from epigone.lessons.ensemble import Several
 from epigone.lessons.heads import (
+    Beside,
     Head,
     Hidden,
     Weights,
@@ -33,6 +34,7 @@ from epigone.lessons.heads import (
     of_rows,
     product,
     read,
+    rows_of,
     states_of,
     weights_of,
     with_members,
@@ -46,7 +48,7 @@ Loss = Callable[..., Any]
 """`(student's logits [B, T, V], what the teacher gives or None, targets_BT, vocab_axis=..., knobs=...)` -> [B, T], as
 `Objective.loss`; the last two only where there are any."""
 
-Given = Hidden | Float[Array, "B T V"] | Sparse | Several | None
+Given = Hidden | Float[Array, "B T V"] | Sparse | Several | Beside | None
 
 
 class Fused(NamedTuple):
@@ -77,7 +79,7 @@ def fused_loss(
         loss: of logits, per token.
         student: gets a gradient in all its parts.
         teacher: hidden states and head, or logits [B, T, V] or a few scores a token that are at hand, or several
-            teachers, or None; a constant.
+            teachers, or None, or one `Beside` it with a vocabulary of its own; a constant.
         targets_BT: the next tokens, for losses that read them.
         weights_BT: of the tokens.
         heads: the student's head, then those of the teachers; a teacher without one has the student's. Where they
@@ -89,7 +91,7 @@ def fused_loss(
     Returns: float32 numbers, in the units of the loss.
     """
     mesh, arguments = _arguments(mesh, student, teacher, targets_BT, weights_BT)
-    return _fused(_how(loss, heads, mesh, chunk), jax.lax.stop_gradient(knobs), *arguments)
+    return _fused(_how(loss, heads, mesh, chunk, teacher), jax.lax.stop_gradient(knobs), *arguments)
 
 
 def per_token(
@@ -101,24 +103,28 @@ def per_token(
     heads: tuple[Head | None, ...] = (Head(),),
     mesh: Mesh = Mesh(),
     chunk: int | None = None,
+    knobs: Any = None,
 ) -> Any:
     """What `measure` says of each token: any tree of [B, T] that it makes of logits, and no gradient.
 
     Args: those of `fused_loss`. `measure` is called as a loss is, with the logits of some tokens at a time.
     """
     mesh, arguments = _arguments(mesh, student, teacher, targets_BT, jnp.zeros(targets_BT.shape))
-    return _forward(_how(measure, heads, mesh, chunk), None, *arguments[:3])
+    return _forward(_how(measure, heads, mesh, chunk, teacher), knobs, *arguments[:3])
 
 
-def _how(loss: Loss, heads: tuple[Head | None, ...], mesh: Mesh, chunk: int | None) -> Fused:
-    own, *theirs = alike(heads)
+def _how(loss: Loss, heads: tuple[Head | None, ...], mesh: Mesh, chunk: int | None, teacher: Given) -> Fused:
+    apart = isinstance(teacher, Beside)
+    own, *theirs = [head or Head() for head in heads] if apart else alike(heads)
     return Fused(loss, own, tuple(theirs) or (own,), mesh, chunk)
 
 
 def _arguments(mesh: Mesh, student: Hidden, teacher: Any, targets: jax.Array, weights: jax.Array) -> tuple[Mesh, Any]:
     """The arguments over one vocabulary and where the mesh, if one is set, wants them; a teacher is a constant."""
     V = student.weight_VD.shape[0]
-    teacher = jax.lax.stop_gradient(with_members(teacher, [of_rows(one, V) for one in members(teacher)]))
+    if not isinstance(teacher, Beside):
+        teacher = with_members(teacher, [of_rows(one, V) for one in members(teacher)])
+    teacher = jax.lax.stop_gradient(teacher)
     return placed(mesh, (student, teacher, targets, weights), _specs(mesh, student, teacher))
 
 
@@ -174,7 +180,8 @@ class _Chunked(NamedTuple):
 
 
 def _chunked(how: Fused, knobs: Any, student: Hidden, teacher: Any, *rows: jax.Array) -> _Chunked:
-    pieces, C, R = sizes(rows[0].size, student.weight_VD.shape[0], how.chunk)
+    most = max(student.weight_VD.shape[0], *map(rows_of, members(teacher)))
+    pieces, C, R = sizes(rows[0].size, most, how.chunk)
     # A bias counts as one that differs between devices: else its gradient would be summed over them at every chunk.
     bias_V = None if student.bias_V is None else _varying(student.bias_V, how.mesh.batch)
     weights = (student.weight_VD.astype(student.hidden_BTD.dtype), bias_V)

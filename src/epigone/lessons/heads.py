@@ -40,6 +40,18 @@ class Hidden(NamedTuple):
     bias_V: jax.Array | None = None
 
 
+class Beside(NamedTuple):
+    """What a teacher of other tokens gives at the student's positions, over a vocabulary of its own.
+
+    Attributes:
+        given: hidden states and its head, or logits [B, T, W].
+        counts_BT: 1 where both have read the same text, and else 0.
+    """
+
+    given: Any
+    counts_BT: jax.Array
+
+
 Weights = tuple[jax.Array, jax.Array | None]
 """Weight [V, D], in the type of the hidden states, and bias."""
 
@@ -56,20 +68,29 @@ def states_of(given: Any) -> Any:
 
 def members(teacher: Any) -> tuple[Any, ...]:
     """Of several teachers each; else the one."""
+    if isinstance(teacher, Beside):
+        return (teacher.given,)
     return teacher.members if isinstance(teacher, Several) else (teacher,)
 
 
 def with_members(teacher: Any, changed: Sequence[Any]) -> Any:
     """And back."""
+    if isinstance(teacher, Beside):
+        return teacher._replace(given=changed[0])
     return replace(teacher, members=tuple(changed)) if isinstance(teacher, Several) else changed[0]
+
+
+def rows_of(given: Any) -> int:
+    """Rows of the vocabulary of states with a head or of logits; 0 of what has none."""
+    if given is None or isinstance(given, Sparse):
+        return 0
+    return given.weight_VD.shape[0] if isinstance(given, Hidden) else given.shape[-1]
 
 
 def of_rows(given: Any, rows: int) -> Any:
     """Vocabularies that differ in padding alone: rows of the head, or logits, are added or taken away at the end."""
-    if given is None or isinstance(given, Sparse):
-        return given
-    have = given.weight_VD.shape[0] if isinstance(given, Hidden) else given.shape[-1]
-    if have == rows:
+    have = rows_of(given)
+    if have in (0, rows):
         return given
     more = max(0, rows - have)
     if not isinstance(given, Hidden):

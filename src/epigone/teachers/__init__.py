@@ -8,6 +8,7 @@ import jax
 
 from epigone.data.pipeline import Batch
 from epigone.errors import UserError
+from epigone.lessons.alignment import aligns
 from epigone.lessons.divergences import forward_kl
 from epigone.lessons.ensemble import Several
 from epigone.lessons.heads import Head, Hidden
@@ -21,6 +22,7 @@ class Signal(Enum):
     DENSE_LOGITS = "dense logits"
     HIDDEN_STATES = "hidden states and an output head"
     SPARSE_SCORES = "sparse scores"
+    OTHER_TOKENS = "scores of tokens of its own"
     TEXT_ONLY = "text only"
 
 
@@ -83,11 +85,13 @@ def check_compatible(
     check_needed(objective, teacher is not None)
     if teacher is None:
         return
-    if teacher.signal not in (taken := (Signal.DENSE_LOGITS, Signal.HIDDEN_STATES, Signal.SPARSE_SCORES)):
+    if teacher.signal not in (taken := _taken(objective)):
         raise UserError(
             f"the teacher gives {teacher.signal.value}, and the objective takes {' or '.join(s.value for s in taken)}: "
             "choose a teacher with scores, or train on its text with hard_weight=1"
         )
+    if teacher.signal is Signal.OTHER_TOKENS:
+        return
     names = f"(tokenizers '{teacher.tokenizer_name}', '{tokenizer_name}')"
     another = tokenizer_identity is not None and teacher.tokenizer_identity != tokenizer_identity
     if teacher.vocab_size != vocab_size and (another or not _padded(teacher, vocab_size)):
@@ -100,6 +104,13 @@ def check_compatible(
             f"teacher and student read different tokenizers of the same size {vocab_size} {names}, identities "
             f"{teacher.tokenizer_identity} and {tokenizer_identity}: give both one tokenizer"
         )
+
+
+def _taken(objective: Objective) -> tuple[Signal, ...]:
+    """What an objective learns from."""
+    if aligns(objective.divergence):
+        return (Signal.OTHER_TOKENS,)
+    return (Signal.DENSE_LOGITS, Signal.HIDDEN_STATES, Signal.SPARSE_SCORES)
 
 
 def _padded(teacher: Teacher, vocab_size: int | None) -> bool:

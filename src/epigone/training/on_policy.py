@@ -99,7 +99,7 @@ def check_on_policy(how: OnPolicy, objective: Objective, decodes: bool | None) -
     if how.teacher_share > 0.0 and not decodes:
         raise UserError(
             f"on_policy: teacher_share={how.teacher_share:g} draws tokens from the teacher within the student's "
-            "program, and this teacher is no decoder: set teacher_share=0, or take a decoder"
+            "program, and this teacher is no decoder of the student's tokens: set teacher_share=0, or take one that is"
         )
 
 

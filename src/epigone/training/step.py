@@ -13,12 +13,13 @@ import jax.numpy as jnp
 import optax
 
 from epigone.identity import fingerprint
+from epigone.lessons.aligned import Aligned, aligned_loss, aligned_sums
 from epigone.lessons.chunks import Mesh
 from epigone.lessons.comparison import Sums, as_pairs, compare
 from epigone.lessons.fused import fused_loss
 from epigone.lessons.objective import Objective
 from epigone.lessons.sparse import Sparse
-from epigone.teachers import Batch, Teacher
+from epigone.teachers import Batch, Signal, Teacher
 from epigone.teachers.mean_teacher import AverageStates, weights_of
 from epigone.training.config import Training
 from epigone.training.optimizer import learning_rate, transformation
@@ -58,10 +59,14 @@ def programs(
     if key not in _programs:
         heads = (student.head, *(theirs if isinstance(theirs, tuple) else (theirs,)))
         cut = Mesh(BATCH_AXES, "tensor" if mesh.shape["tensor"] > 1 else None)
-        fused = partial(fused_loss, objective.loss, heads=heads, mesh=cut)
+        whole: Any = partial(fused_loss, objective.loss)
+        if teacher and teacher.signal is Signal.OTHER_TOKENS:
+            whole = partial(aligned_loss, objective)
+        fused = partial(whole, heads=heads, mesh=cut)
         begin = jax.jit(partial(_begin, training))
         step = jax.jit(partial(_step, training, objective, student, scores, fused), donate_argnums=0)
-        beside = jax.jit(partial(_compare, student, scores, partial(compare, heads=heads, mesh=cut)))
+        alone = heads if whole.func is fused_loss else heads[:1]
+        beside = jax.jit(partial(_compare, student, scores, partial(compare, heads=alone, mesh=cut)))
         _programs[key] = Programs(begin, step, beside)
     return _programs[key]
 
@@ -138,8 +143,10 @@ def _compare(
     def sums(part: tuple[Batch, Any]) -> Sums:
         batch, fetched = part
         given = _given(scores, student, frozen, teacher_params, batch, fetched)
-        given = None if isinstance(given, Sparse) else given  # a few scores are no distribution
-        return compare(student(params, frozen, batch), given, batch.targets_BT, batch.weights_BT)
+        more = aligned_sums(given, batch.weights_BT) if isinstance(given, Aligned) else {}
+        # A few scores are no distribution, and one over other tokens is none over the student's.
+        given = None if isinstance(given, Sparse | Aligned) else given
+        return compare(student(params, frozen, batch), given, batch.targets_BT, batch.weights_BT) | more
 
     def add(so_far: Sums, part: tuple[Batch, Any]) -> tuple[Sums, None]:
         return jax.tree.map(jnp.add, so_far, sums(part)), None
