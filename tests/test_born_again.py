@@ -19,6 +19,7 @@ from epigone.models.ngram import NGram
 from epigone.plan import plan
 from epigone.store import Store
 from epigone.verbs.descriptions import lesson_in_words
+from epigone.verbs.model_card import _sentence
 from epigone.verbs.run import load_config
 
 CONFIG = Path(__file__).parent.parent / "configs" / "born_again.py"
@@ -86,8 +87,10 @@ def test_all_are_measured_and_the_average_is_not_the_last_weights(lineage, grown
     assert any(not np.array_equal(a, b) for a, b in zip(one, other, strict=True))
 
 
-def test_the_card_says_who_taught(lineage):
-    words = {line.what: line.value for line in lesson_in_words(lineage["mean-teacher@1"].lesson, 0)}
+def test_the_card_says_who_taught(lineage, grown):
+    node = lineage["mean-teacher@1"]
+    assert "and from the running average of its own weights" in _sentence(node, grown[1][node.key])
+    words = {line.what: line.value for line in lesson_in_words(node.lesson, 0)}
     assert "forward KL to the running average of its own weights" in words["Objective"]
 
 

@@ -150,7 +150,8 @@ def _front_matter(node: Node, records: Mapping[str, Record | None], sources: lis
 def _tags(node: Node) -> list[str]:
     lesson = node.lesson
     written = any(isinstance(source, Written) for source in lesson.text)
-    tags = {"distillation": bool(lesson.teacher), "imported": bool(lesson.source), "synthetic-data": written}
+    taught = bool(lesson.teacher or lesson.mean_teacher)
+    tags = {"distillation": taught, "imported": bool(lesson.source), "synthetic-data": written}
     return ["epigone", *(name for name, holds in tags.items() if holds)]
 
 
@@ -165,7 +166,8 @@ def _sentence(node: Node, record: Record) -> str:
     if teachers := node.lesson.teachers:
         does = "does" if len(teachers) == 1 else "do together"
         return f"{size} that learned to predict as {' and '.join(teachers)} {does}, on {read}.{start}"
-    return f"{size} that learned from {read}.{start}"
+    itself = " and from the running average of its own weights" if node.lesson.mean_teacher else ""
+    return f"{size} that learned from {read}{itself}.{start}"
 
 
 def _glance(node: Node, record: Record, family: str, dtype: str) -> list[Line]:
