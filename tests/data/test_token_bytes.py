@@ -126,6 +126,8 @@ def test_common_ids_are_of_the_same_bytes(trained, foreign):
                 np.testing.assert_array_equal(found, np.arange(ours.tokenizer.size))
                 continue
             eos = ours.tokenizer.specials.eos
+            no_text = np.array([not piece for piece in ours.table]) & (np.arange(len(found)) != eos)
+            np.testing.assert_array_equal(found == -2, no_text)
             assert found[eos] == theirs.tokenizer.specials.eos
             for index in np.flatnonzero(found >= 0):
                 if index != eos:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from epigone.lessons.aligned import UNREAD, Aligned, aligned_loss, aligned_sums
-from epigone.lessons.alignment import aligns, common_tokens, likelihood_matching, name_of, uld
+from epigone.lessons.alignment import NO_TEXT, aligns, common_tokens, likelihood_matching, name_of, uld
 from epigone.lessons.chunks import Mesh
 from epigone.lessons.divergences import forward_kl, reverse_kl
 from epigone.lessons.fused import fused_loss
@@ -168,6 +168,26 @@ def test_of_one_vocabulary_it_is_the_divergence_itself(divergence):
     wanted = jax.value_and_grad(lambda x: fused_loss(objective.loss, x, other, targets, weights, heads=heads)[0])
     found = jax.value_and_grad(lambda x: aligned_loss(aligned, x, teacher, targets, weights, heads=heads)[0])
     jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5), found(student), wanted(student))
+
+
+def test_where_one_side_has_no_rest_the_other_is_renormalised():
+    draw = np.random.default_rng(8)
+    s, p = draw.normal(size=(1, 3, 5)).astype(np.float32), draw.normal(size=(1, 3, 8)).astype(np.float32)
+    all_common = np.array([2, 0, 7, 5, 1], np.int32)
+    np.testing.assert_allclose(common_tokens(s, p, ids_V=all_common), forward_kl(s, p[..., all_common]), rtol=1e-5)
+    # What is no text takes no part: it is not where the teacher's other tokens are put.
+    unknown = np.array([2, 0, 7, 5, NO_TEXT], np.int32)
+    wanted = forward_kl(s[..., :4], p[..., unknown[:4]])
+    np.testing.assert_allclose(common_tokens(s, p, ids_V=unknown), wanted, rtol=1e-5)
+    slope = jax.grad(lambda s: common_tokens(s, p, ids_V=unknown).sum())(s)
+    np.testing.assert_array_equal(slope[..., 4], 0.0)
+    inside = np.array([3, 0, -1, 1, -1], np.int32)
+    short = p[..., :3]
+    wanted = forward_kl(s[..., [1, 3]], short[..., [0, 1]])
+    only = np.where(inside == 3, -1, inside)
+    np.testing.assert_allclose(
+        common_tokens(s, jnp.where(jnp.arange(3) == 2, -1e9, short), ids_V=only), wanted, rtol=1e-5
+    )
 
 
 def test_a_teacher_whose_logits_are_at_hand():

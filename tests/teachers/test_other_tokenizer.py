@@ -200,7 +200,8 @@ def test_what_was_drawn_is_aligned_whatever_it_is():
 
 def test_a_model_that_counts_teaches_other_tokens(tmp_path):
     counts = NGramModel.fit(NGram(), documents(WORDS), WORDS.size)
-    teacher = beside(OURS, WORDS, teacher=NGramTeacher(counts, "id"))[0]
+    teacher, told = beside(OURS, WORDS, teacher=NGramTeacher(counts, "id"))
+    assert (told["unread"], told["length"]) == (0.0, 48)
     for divergence in (common_tokens,):
         trained = student(tmp_path / divergence.__name__, teacher, divergence, training=replace(TRAINING, steps=1))
         assert np.isfinite(losses(trained)).all()

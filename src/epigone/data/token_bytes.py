@@ -105,15 +105,15 @@ _ALPHABET = {character: byte for byte, character in enumerate(byte_alphabet())}
 
 
 def common_ids(ours: TokenBytes, theirs: TokenBytes) -> np.ndarray:
-    """For each id of ours the one of theirs with the same bytes, and of eos eos; -1 where there is none: int32 [V].
+    """For each id of ours the one of theirs with the same bytes, and of eos eos: int32 [V].
 
-    Of several tokens with the same bytes the first counts that is not made for a single byte. Of one vocabulary every
-    id is its own.
+    -1 where they have none, and -2 for ids of ours that are no text. Of several tokens with the same bytes the first
+    counts that is not made for a single byte. Of one vocabulary every id is its own.
     """
     if ours.tokenizer.vocabulary == theirs.tokenizer.vocabulary:
         ids = np.arange(ours.tokenizer.size, dtype=np.int32)
         return np.where(ids < theirs.tokenizer.size, ids, -1).astype(np.int32)
-    known, found = _by_bytes(theirs), np.full(ours.tokenizer.size, -1, np.int32)
+    known, found = _by_bytes(theirs), np.array([-1 if piece else -2 for piece in ours.table], np.int32)
     for piece, index in _by_bytes(ours).items():
         found[index] = known.get(piece, -1)
     found[ours.tokenizer.specials.eos] = theirs.tokenizer.specials.eos

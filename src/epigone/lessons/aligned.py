@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
-from epigone.lessons.alignment import by_position
+from epigone.lessons.alignment import NO_TEXT, by_position
 from epigone.lessons.chunks import Mesh, placed
 from epigone.lessons.divergences import cross_entropy
 from epigone.lessons.fused import fused_loss, per_token
@@ -36,7 +36,7 @@ class Aligned(NamedTuple):
         match_BT: for each position of the student that of the teacher which has read the same bytes, -1, or UNREAD.
         chunk_BT: the chunk of the row in which the target lies, 0 to T - 1; -1 for none.
         chunk_BU: the same of the teacher's targets.
-        ids_V: for each id of the student the teacher's of the same bytes, or -1.
+        ids_V: for each id of the student the teacher's of the same bytes, -1 for none, NO_TEXT for what is no text.
     """
 
     given: Any
@@ -70,7 +70,7 @@ def aligned_loss(
     if by_position(objective.divergence):
         counts_BT = (teacher.match_BT >= 0).astype(jnp.float32)
         beside = Beside(_at(mesh, teacher.given, teacher.match_BT), counts_BT)
-        ids_V = jnp.pad(teacher.ids_V, (0, student.weight_VD.shape[0] - len(teacher.ids_V)), constant_values=-1)
+        ids_V = jnp.pad(teacher.ids_V, (0, student.weight_VD.shape[0] - len(teacher.ids_V)), constant_values=NO_TEXT)
         loss, given = partial(_position_loss, objective), (student, beside, targets_BT, weights_BT)
         return fused_loss(loss, *given, heads=heads, knobs=(knobs, ids_V), **how)[0], None
     return _chunk_loss(objective, student, teacher, targets_BT, weights_BT, heads, knobs, how), None

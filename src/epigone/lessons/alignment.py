@@ -21,8 +21,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from epigone.lessons.divergences import Divergence, Temperature, forward_kl
+from epigone.lessons.divergences import MASKED, Divergence, Temperature, forward_kl
 from epigone.lessons.terms import FLOOR, floored
+
+NO_TEXT = -2
+"""In `ids_V`: an id that is no text, such as that of an unknown word, and has no counterpart."""
 
 EQUAL = 1e-5
 """Probabilities that differ by no more than this, relative to the larger, are equal to `uld`."""
@@ -90,18 +93,21 @@ def common_tokens(
 ) -> Float[Array, "B T"]:
     """A divergence of the tokens that both have, and of all others as one outcome, times T^2.
 
-    It is that divergence where both vocabularies are one. How the rest is shared out is not taught.
+    It is that divergence where both vocabularies are one. How the rest is shared out is not taught. Where one side has
+    no rest, there is no such outcome, and the other is renormalised over the common tokens.
 
-    Args: logits [B, T, V] and [B, T, W]; ids_V, the teacher's id of each of the student's, or -1; divergence, of
-        `epigone.lessons.divergences`. Returns: [B, T], in its units.
+    Args: logits [B, T, V] and [B, T, W]; ids_V, the teacher's id of each of the student's, -1 for a token of the rest,
+        NO_TEXT for what is none and not counted; divergence, of `epigone.lessons.divergences`.
+    Returns: [B, T], in its units.
     """
     s, p = floored(student_logits_BTV, temperature), floored(teacher_logits_BTW, temperature)
     common_V = ids_V >= 0
     taken_W = jnp.zeros(p.shape[-1], bool).at[jnp.where(common_V, ids_V, p.shape[-1])].set(True, mode="drop")
-    ours = (jnp.where(common_V, s, FLOOR), jax.nn.logsumexp(jnp.where(common_V, FLOOR, s), axis=-1))
     on_ours = jnp.where(common_V, jnp.take(p, jnp.maximum(ids_V, 0), axis=-1), FLOOR)
-    theirs = (on_ours, jax.nn.logsumexp(jnp.where(taken_W, FLOOR, p), axis=-1))
-    known = (jnp.concatenate([x, rest[..., None]], axis=-1) for x, rest in (ours, theirs))
+    rests = [jax.nn.logsumexp(jnp.where(out, x, FLOOR), axis=-1) for x, out in ((s, ids_V == -1), (p, ~taken_W))]
+    both_BT = (rests[0] > MASKED) & (rests[1] > MASKED)
+    sides = zip((jnp.where(common_V, s, FLOOR), on_ours), rests, strict=True)
+    known = [jnp.concatenate([x, jnp.where(both_BT, rest, FLOOR)[..., None]], axis=-1) for x, rest in sides]
     loss_BT = divergence(*known, temperature=1.0, temperature_squared=False)
     return loss_BT * temperature**2 if temperature_squared else loss_BT
 

@@ -7,6 +7,7 @@ one after the other; what does not fit is not read, has no part in the loss, and
 reads its own rows; no array but these ids goes from the host to the device.
 """
 
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -82,7 +83,7 @@ class OtherTokenizerTeacher:
         self.head: Head | None = teacher.head if isinstance(teacher.head, Head) else None
         self._theirs, self._ours = TokenBytes(theirs), TokenBytes(ours)
         config = getattr(teacher.scores, "config", None)
-        self._longest = config.max_length if config is not None else length
+        self._longest = sys.maxsize if config is None else config.max_length
         self._laid: dict[bytes, Laid] = {}
 
     def place(self) -> Any:
