@@ -4,12 +4,13 @@ import dataclasses
 from pathlib import Path
 
 import pytest
+from tiny import Silent, shrunk
 
 from epigone.cli import main
 from epigone.errors import UserError
 from epigone.grow import grow
 from epigone.lessons.objective import Objective
-from epigone.lineage import Lesson, Node, Pretrained
+from epigone.lineage import Lesson, Pretrained
 from epigone.models.ngram import NGram
 from epigone.plan import plan
 from epigone.store import Store
@@ -21,33 +22,9 @@ CONFIG = Path(__file__).parent.parent / "configs" / "on_policy.py"
 OWN = {"jsd-half-own", "reverse-own", "reverse-replay", "reverse-mixed", "policy-gradient"}
 
 
-class Silent:
-    """A view that shows nothing."""
-
-    def start(self, node: Node) -> None: ...
-
-    def stage(self, name: str, steps: int | None = None) -> None: ...
-
-    def step(self, report: object) -> None: ...
-
-    def finish(self, node: Node, record: dict) -> None: ...
-
-
-def shrunk(node):
-    """The same lesson for a tiny model, on short rows."""
-    model = dataclasses.replace(node.model, layers=1, model_size=16, heads=2)
-    training = dataclasses.replace(node.lesson.training, batch_size=2, sequence_length=24)
-    lesson = dataclasses.replace(node.lesson, training=training)
-    return dataclasses.replace(node, model=model, lesson=lesson)
-
-
 @pytest.fixture(scope="module")
 def lineage():
-    whole = load_config(CONFIG)(seeds=1, steps=4, scale=0.01)
-    evaluation = dataclasses.replace(whole.evaluation, write_tokens=100, contexts=10)
-    text = dataclasses.replace(evaluation.text, tokens=500)
-    evaluation = dataclasses.replace(evaluation, text=text)
-    return dataclasses.replace(whole, nodes=tuple(map(shrunk, whole.nodes)), evaluation=evaluation)
+    return shrunk(load_config(CONFIG)(seeds=1, steps=4, scale=0.01))
 
 
 @pytest.fixture(scope="module")

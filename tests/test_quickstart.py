@@ -5,25 +5,13 @@ import itertools
 from pathlib import Path
 
 import pytest
+from tiny import Silent
 
 from epigone.grow import grow
-from epigone.lineage import Node
 from epigone.store import Store
 from epigone.verbs.run import load_config
 
 CONFIG = Path(__file__).parent.parent / "configs" / "quickstart.py"
-
-
-class Silent:
-    """A view that shows nothing."""
-
-    def start(self, node: Node) -> None: ...
-
-    def stage(self, name: str, steps: int | None = None) -> None: ...
-
-    def step(self, report: object) -> None: ...
-
-    def finish(self, node: Node, record: dict) -> None: ...
 
 
 @pytest.fixture(scope="module")

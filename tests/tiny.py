@@ -1,7 +1,11 @@
-"""A lineage small enough for tests: a few hundred sentences, models of a few thousand weights, a second or two."""
+"""Lineages small enough for tests: a few hundred sentences, models of a few thousand weights, a second or two."""
 
 import random
+from dataclasses import replace
 from pathlib import Path
+
+from epigone.lineage import Lineage, Node
+from epigone.models.config import DecoderConfig
 
 CONFIG = '''
 """A tiny lineage: two generations of trigrams, a teacher, a student, its control, and one that reads."""
@@ -70,3 +74,30 @@ def write_config(folder: Path, source: str = CONFIG) -> Path:
     path = folder / "tiny.py"
     path.write_text(source.format(pattern=write_corpus(folder)))
     return path
+
+
+class Silent:
+    """A view that shows nothing."""
+
+    def start(self, node: Node) -> None: ...
+
+    def stage(self, name: str, steps: int | None = None) -> None: ...
+
+    def step(self, report: object) -> None: ...
+
+    def finish(self, node: Node, record: dict) -> None: ...
+
+
+def shrunk(lineage: Lineage, **evaluation: object) -> Lineage:
+    """The same lessons for models of one layer on short rows, measured on a little text."""
+
+    def small(node: Node) -> Node:
+        training = replace(node.lesson.training, batch_size=2, sequence_length=24) if node.lesson.training else None
+        model = node.model
+        if isinstance(model, DecoderConfig):
+            model = replace(model, layers=1, model_size=16, heads=2)
+        return replace(node, model=model, lesson=replace(node.lesson, training=training))
+
+    text = replace(lineage.evaluation.text, tokens=500)
+    measured = {"text": text, "write_tokens": 100, "contexts": 10, "samples": 1} | evaluation
+    return replace(lineage, nodes=tuple(map(small, lineage.nodes)), evaluation=replace(lineage.evaluation, **measured))
