@@ -82,8 +82,11 @@ def mixture(config, weights, x_TD):
     return out
 
 
-def logits(config, outer, layers, tokens, positions, segments):
-    """Logits [T, vocab_size] of one row; `outer` and `layers` are dicts of float64 arrays."""
+def logits(config, outer, layers, tokens, positions, segments, inside=None):
+    """Logits [T, vocab_size] of one row; `outer` and `layers` are dicts of float64 arrays.
+
+    A list `inside` is given each layer's states, queries, keys and values.
+    """
     x = np.stack([outer["embedding_VD"][token] for token in tokens]) * config.embedding_scale
     if config.positions is learned:
         x = x + np.stack([outer["position_TD"][p] for p in positions])
@@ -127,6 +130,8 @@ def logits(config, outer, layers, tokens, positions, segments):
             gate = linear(h, "gate", weights) if config.gated else None
             h = linear(feed_forward(config, linear(h, "up", weights), gate), "down", weights)
         x = x + (each("ff_post_norm", "LD", h, weights) if config.post_norm else h)
+        if inside is not None:
+            inside.append((x, q, k, v))
     head = outer["embedding_VD" if config.tied else "head_VD"][: config.vocab_size]
     out = capped(each("final_norm", "D", x, outer) @ head.T, config.logit_softcap)
     out[:, list(config.specials.never)] = -1e9

@@ -1,6 +1,7 @@
 """What growing a lineage will take, said before it is done."""
 
 from dataclasses import dataclass, replace
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +87,7 @@ def _plan_decoder(row: PlannedNode, node: Node, lineage: Lineage, materials: Mat
 
     Weights beside adapters take their own size.
     """
+    from epigone.lessons import inner
     from epigone.lessons.chunks import LOGITS_BYTES
     from epigone.models.decoder import flops_per_token, parameter_count
     from epigone.training.student import Student
@@ -112,6 +114,10 @@ def _plan_decoder(row: PlannedNode, node: Node, lineage: Lineage, materials: Mat
         # One with another tokenizer is taken to read as many tokens as the student; its text says how many.
         per_token += (1 + mixed) * flops_per_token(teaching, length, training=False)
         memory += 4 * parameter_count(teaching) + logits
+        if matches := node.lesson.objective.inner:
+            per_token += inner.flops_per_token(matches, config.sizes, teaching.sizes, length)
+            learned = inner.projections_of(matches, config.sizes, teaching.sizes)
+            memory += 16 * sum(map(prod, learned.values()))
     flops = round(tokens * per_token)
     return replace(row, parameters=parameter_count(config), tokens=tokens, flops=flops, memory=memory)
 

@@ -18,7 +18,7 @@ from epigone.view import View
 def check_teacher(node: Node, materials: Materials) -> None:
     """Refuse teachers that are missing, not needed, or of another tokenizer, before anything is grown."""
     from epigone.lessons.alignment import aligns, name_of
-    from epigone.teachers import check_kept, check_needed
+    from epigone.teachers import check_inside, check_kept, check_needed
     from epigone.teachers.ensemble import Ensemble
     from epigone.teachers.mean_teacher import check_mean_teacher
     from epigone.training.on_policy import TEXT_ONLY, check_on_policy
@@ -44,6 +44,13 @@ def check_teacher(node: Node, materials: Materials) -> None:
         )
     for key in lesson.teachers:
         _check_tokenizers(node, materials.store.lineage[key], materials, aligned)
+    if lesson.objective.inner:
+        shown = materials.store.lineage[lesson.teachers[0]] if decodes and lesson.scores is None else None
+        check_inside(lesson.objective, _sizes(node, materials), _sizes(shown, materials) if shown else None)
+
+
+def _sizes(node: Node, materials: Materials) -> Any:
+    return fill(node.model, materials.tokenizer(node.tokenizer)).sizes
 
 
 def _check_tokenizers(node: Node, teacher: Node, materials: Materials, aligned: bool) -> None:

@@ -11,6 +11,7 @@ from jaxtyping import Array, Float, Int
 from epigone.errors import UserError
 from epigone.lessons.divergences import Divergence, cross_entropy, forward_kl
 from epigone.lessons.ensemble import Several, combined
+from epigone.lessons.inner import Match
 from epigone.lessons.policy_gradient import with_targets
 from epigone.lessons.schedules import Schedule, at_step, ends
 from epigone.lessons.sparse import Sparse, sparse_divergence
@@ -19,7 +20,7 @@ from epigone.lessons.terms import on_cut_rows
 
 @dataclass(frozen=True)
 class Objective:
-    """(1 - hard_weight) * divergence(student, teacher) + hard_weight * cross_entropy(student, text), per token.
+    """(1 - hard_weight) * divergence(student, teacher) + hard_weight * cross_entropy(student, text) + inner, per token.
 
     Attributes:
         divergence: function of student and teacher logits, from `epigone.lessons.divergences`, or of the token that the
@@ -27,13 +28,16 @@ class Objective:
         temperature: divides both sets of logits in the divergence; the cross-entropy is always at 1. A number, or a
             schedule of `epigone.lessons.schedules`.
         temperature_squared: multiply the divergence by temperature^2 (Hinton et al. 2015).
-        hard_weight: share of the cross-entropy with the text, 0 to 1, or a schedule; at 1 there is no teacher.
+        hard_weight: share of the cross-entropy with the text, 0 to 1, or a schedule; at 1 the teacher's scores do not
+            count, and without `inner` there is no teacher.
+        inner: what inside the teacher is learned too, by its weights: matches of `epigone.lessons.inner`.
     """
 
     divergence: Divergence = forward_kl
     temperature: float | Schedule = 1.0
     temperature_squared: bool = True
     hard_weight: float | Schedule = 0.0
+    inner: tuple[Match, ...] = ()
 
     def __post_init__(self) -> None:
         if not all(0.0 <= weight <= 1.0 for weight in ends(self.hard_weight)):
@@ -42,8 +46,14 @@ class Objective:
             raise UserError(f"objective: temperature={self.temperature} must be positive")
 
     @property
-    def needs_teacher(self) -> bool:
+    def needs_scores(self) -> bool:
+        """Whether the teacher's scores count."""
         return callable(self.hard_weight) or self.hard_weight < 1.0
+
+    @property
+    def needs_teacher(self) -> bool:
+        """Whether its scores count, or what is inside it."""
+        return self.needs_scores or bool(self.inner)
 
     def knobs(self, step: jax.Array) -> tuple[jax.Array, jax.Array] | None:
         """Temperature and hard weight after `step` steps, where one is on a schedule; None where both are constant."""
@@ -59,14 +69,14 @@ class Objective:
         vocab_axis: str | None = None,
         knobs: tuple[jax.Array, jax.Array] | None = None,
     ) -> Float[Array, "B T"]:
-        """Loss [B, T] in nats (times T^2 in its first part), float32, neither weighted nor averaged.
+        """Loss [B, T] of the logits in nats (times T^2 in its first part), float32, neither weighted nor averaged.
 
         `teacher`: its logits, what was kept of them, or the logits of several. `vocab_axis`: inside shard_map, the mesh
         axis over which V is cut. `knobs`: what `knobs` says of this step.
 
         Raises: UserError where a teacher is needed and there is none, and for a schedule without its knobs.
         """
-        if not self.needs_teacher:
+        if not self.needs_scores:
             return cross_entropy(student_logits_BTV, targets_BT, vocab_axis=vocab_axis)
         if teacher is None:
             raise UserError(

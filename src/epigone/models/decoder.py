@@ -26,6 +26,7 @@ from epigone.errors import UserError
 from epigone.models.attention import attend, causal_mask, choose_attention
 from epigone.models.config import DecoderConfig, Weight, layer_weights, outer_weights
 from epigone.models.experts import mixture
+from epigone.models.inside import Asked, Heads, Inside, Kept, by_place, empty, keep, places
 from epigone.models.layers import Angles, learned, rotate, soft_cap
 from epigone.models.projections import on_grid, project
 from epigone.models.sharding import Sharding, check, named, out, placed, suffix
@@ -53,6 +54,12 @@ class Decoder(nnx.Module):
 
         Raises UserError when learned positions are asked for more than max_length tokens.
         """
+        return self.look_inside(tokens_BT, positions_BT, segments_BT, Asked())[0]
+
+    def look_inside(
+        self, tokens_BT: jax.Array, positions_BT: jax.Array, segments_BT: jax.Array, asked: Asked
+    ) -> tuple[jax.Array, Inside]:
+        """The same, and what is asked for of single layers; nothing costs nothing."""
         config, sharding = self.config, self.sharding
         rows = (placed(x, sharding.activation("BT")) for x in (tokens_BT, positions_BT, segments_BT))
         tokens_BT, positions_BT, segments_BT = rows
@@ -61,20 +68,30 @@ class Decoder(nnx.Module):
         angles, bound_angles = self.angles(positions_BT)
         bound, choose = by_layer(config, (mask_BTS, angles), (bound_BTS, bound_angles))
 
-        def layer(x_BTD: jax.Array, slices: tuple[Weights, jax.Array | None]) -> tuple[jax.Array, None]:
+        def layer(x_BTD: jax.Array, slices: tuple[Weights, jax.Array | None]) -> tuple[jax.Array, Heads | None]:
             weights, bound = slices
             mask_BTS, angles = choose(bound)
 
-            def mix(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, None]:
+            def mix(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, Heads | None]:
                 cap, scale = config.attention_softcap, config.score_scale
-                return attend(choice, sharding, q, k, v, mask_BTS, cap, scale), None
+                return attend(choice, sharding, q, k, v, mask_BTS, cap, scale), (q, k, v) if asked.heads else None
 
             return block(config, sharding, weights, x_BTD, angles, mix)
 
         if config.remat is not None:
             layer = jax.checkpoint(layer, policy=config.remat, prevent_cse=False)
-        x_BTD, _ = jax.lax.scan(layer, self.embed(tokens_BT, positions_BT), (arrays(self.layers), bound))
-        return self.finish(x_BTD)
+        x_BTD, slices = self.embed(tokens_BT, positions_BT), (arrays(self.layers), bound)
+        if asked == Asked():
+            x_BTD, _ = jax.lax.scan(layer, x_BTD, slices)
+            return self.finish(x_BTD), Inside({}, {})
+
+        def watched(carry: tuple[jax.Array, Kept], slices: Any) -> tuple[tuple[jax.Array, Kept], None]:
+            x_BTD, heads = layer(carry[0], slices[0])
+            return (x_BTD, keep(carry[1], slices[1], x_BTD, heads)), None
+
+        kept = empty(config, sharding, asked, *tokens_BT.shape)
+        (x_BTD, kept), _ = jax.lax.scan(watched, (x_BTD, kept), (slices, places(config, asked)))
+        return self.finish(x_BTD), by_place(kept, asked)
 
     def angles(self, positions_BT: jax.Array) -> tuple[Angles | None, Angles | None]:
         """Rotations for the layers that the window does not bind, and for those that it does; None for none.

@@ -12,6 +12,8 @@ from epigone.lessons.alignment import aligns
 from epigone.lessons.divergences import forward_kl
 from epigone.lessons.ensemble import Several
 from epigone.lessons.heads import Head, Hidden
+from epigone.lessons.inner import check as check_inner
+from epigone.lessons.match_kinds import Sizes
 from epigone.lessons.objective import Objective
 from epigone.lessons.sparse import Rest, Sparse
 
@@ -123,6 +125,22 @@ def _padded(teacher: Teacher, vocab_size: int | None) -> bool:
 def common_size(teacher: Teacher | None, vocab_size: int) -> int:
     """Ids that both can predict: where vocabularies differ in padding, what one of them lacks is masked in both."""
     return min(vocab_size, (teacher and teacher.vocab_size) or vocab_size)
+
+
+def check_inside(objective: Objective, student: Sizes, teacher: Sizes | None) -> None:
+    """Refuse an objective that looks inside a teacher where that cannot be, or at what is not there. Raises UserError.
+
+    Args: the objective; sizes of the student; those of the teacher, if it is one decoder that reads each batch.
+    """
+    if not objective.inner:
+        return
+    if teacher is None:
+        raise UserError(
+            "objective: inner looks into the layers of a teacher, and here is none that shows them: it counts, reads "
+            "other tokens, is one of several or the student's own average, or its scores are kept; name one decoder, "
+            "with the student's tokenizer, and no Lesson.scores"
+        )
+    check_inner(objective.inner, student, teacher)
 
 
 def check_kept(objective: Objective, kept: Any) -> None:

@@ -10,10 +10,11 @@ from flax import nnx
 from epigone.lessons.heads import Head, Hidden
 from epigone.models import decoder
 from epigone.models.config import DecoderConfig
+from epigone.models.inside import Asked, Inside
 from epigone.models.language_model import BOS
 from epigone.models.ngram import NGramModel
 from epigone.models.sharding import spread
-from epigone.teachers import Batch, Signal
+from epigone.teachers import Batch, Signal, Teacher
 
 
 @dataclass(frozen=True)
@@ -23,7 +24,11 @@ class DecoderStates:
     config: DecoderConfig
 
     def __call__(self, params: Any, batch: Batch, fetched: Any = None) -> Hidden:
-        return states(nnx.merge(decoder.structure(self.config), params), batch)
+        return self.look_inside(params, batch, Asked())[0]
+
+    def look_inside(self, params: Any, batch: Batch, asked: Asked) -> tuple[Hidden, Inside]:
+        """The same, and what is asked for of single layers."""
+        return look_inside(nnx.merge(decoder.structure(self.config), params), batch, asked)
 
     @property
     def head(self) -> Head:
@@ -32,9 +37,16 @@ class DecoderStates:
         return Head(config.vocab_size, soft_cap=config.logit_softcap, never=config.specials.never)
 
 
-def states(model: decoder.Decoder, batch: Batch) -> Hidden:
-    """What a decoder makes of a batch, up to its head; traced."""
-    return Hidden(model(batch.tokens_BT, batch.positions_BT, batch.segments_BT), model.head_VD)
+def look_inside(model: decoder.Decoder, batch: Batch, asked: Asked) -> tuple[Hidden, Inside]:
+    """What a decoder makes of a batch, up to its head, and what is asked for of single layers; traced."""
+    hidden_BTD, inside = model.look_inside(batch.tokens_BT, batch.positions_BT, batch.segments_BT, asked)
+    return Hidden(hidden_BTD, model.head_VD), inside
+
+
+def config_inside(teacher: Teacher | None) -> DecoderConfig | None:
+    """What a teacher is whose layers can be looked into: one decoder with weights of its own; None of any other."""
+    scores: Any = getattr(teacher, "scores", None)
+    return scores.config if type(scores) is DecoderStates else None
 
 
 class DecoderTeacher:

@@ -16,11 +16,13 @@ from jax.sharding import PartitionSpec as P
 
 from epigone.data.pipeline import Batches
 from epigone.errors import Fault, Stopped
+from epigone.lessons import inner
 from epigone.lessons.objective import Objective
 from epigone.models.adapters import LowRank
 from epigone.models.config import DecoderConfig
 from epigone.models.sharding import make_mesh
-from epigone.teachers import Teacher, check_compatible
+from epigone.teachers import Teacher, check_compatible, check_inside
+from epigone.teachers.in_memory import config_inside
 from epigone.teachers.mean_teacher import MeanTeacher, check_mean_teacher, weights_of
 from epigone.training.checkpoint import Checkpointer
 from epigone.training.config import Hardware, Training
@@ -111,27 +113,33 @@ def train(
     check_compatible(objective, teacher, vocab_size=model.vocab_size)
     if isinstance(teacher, MeanTeacher):
         check_mean_teacher(objective, training.ema_decay, on_policy.share)
+    seen = config_inside(teacher)
+    check_inside(objective, model.sizes, seen.sizes if seen else None)
     own = OwnTexts(on_policy, model, training, objective, teacher, seed, mesh)
     several, first = jax.process_count() > 1, jax.process_index() == 0
     key = key or identity
     student = Student(model, adapters)
     per_token = student.flops_per_token(training.sequence_length)
     per_token += teacher.flops_per_token(training.sequence_length) if teacher else 0
+    if objective.inner and seen:
+        per_token += inner.flops_per_token(objective.inner, model.sizes, seen.sizes, training.sequence_length)
     step_flops = per_token * training.batch_size * training.sequence_length
 
     with jax.set_mesh(mesh), StopRequest(several) as stop:
         # -------------------------------------------------------------- the state: a checkpoint's, or a new one
         begin, run_step = (program := programs(student, training, objective, teacher, mesh)).begin, program.step
+        within = program.within
         checkpoints = Checkpointer(directory / "checkpoints", identity)
         weights = partial(first_weights, model, seed, initial_params)
-        restored = checkpoints.restore(_abstract(begin, student.abstract(), mesh) | {"own": own.kept})
+        learned = (student.abstract(), within.abstract() if within else {})
+        restored = checkpoints.restore(_abstract(begin, learned, mesh) | {"own": own.kept})
         if restored is not None:
             state, about = restored
             own.kept = state.pop("own")
             progress = Progress(**about)
         else:
             params = student.begin(seed, weights)
-            state, progress = begin(params), Progress()
+            state, progress = begin(params, within.initial(seed) if within else {}), Progress()
             del params
         frozen, start = student.frozen(weights), int(state["step"])
         teacher_params = teacher.place() if teacher else {}
@@ -209,14 +217,14 @@ def train(
     )
 
 
-def _abstract(begin: Callable[[Any], Any], params: Any, mesh: jax.sharding.Mesh) -> Any:
+def _abstract(begin: Callable[..., Any], learned: tuple[Any, Any], mesh: jax.sharding.Mesh) -> Any:
     """Shapes and shardings of the state, without making it."""
 
     def on_mesh(leaf: Any) -> jax.ShapeDtypeStruct:
         spec = leaf.sharding.spec if leaf.sharding else P()
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, spec))
 
-    return jax.tree.map(on_mesh, jax.eval_shape(begin, params))
+    return jax.tree.map(on_mesh, jax.eval_shape(begin, *learned))
 
 
 def _due(step: int, saved_at: float, training: Training, hardware: Hardware, several: bool) -> bool:

@@ -17,17 +17,22 @@ from epigone.lessons.aligned import Aligned, aligned_loss, aligned_sums
 from epigone.lessons.chunks import Mesh
 from epigone.lessons.comparison import Sums, as_pairs, compare
 from epigone.lessons.fused import fused_loss
+from epigone.lessons.inner import names_of
 from epigone.lessons.objective import Objective
+from epigone.lessons.schedules import at_step
 from epigone.lessons.sparse import Sparse
 from epigone.teachers import Batch, Signal, Teacher
+from epigone.teachers.in_memory import DecoderStates
 from epigone.teachers.mean_teacher import AverageStates, weights_of
 from epigone.training.config import Training
 from epigone.training.optimizer import learning_rate, transformation
 from epigone.training.sharding import BATCH_AXES
 from epigone.training.student import Student
+from epigone.training.within import Projections, Within
 
 State = dict[str, Any]
-"""step (int32), params (all that is trained), optimizer, and ema where these are averaged."""
+"""step (int32), params (all that is trained of the student), optimizer; projections where some are learned beside it;
+ema where the params are averaged."""
 
 _programs: dict[Any, "Programs"] = {}
 
@@ -37,17 +42,19 @@ class Programs:
     """What is compiled for one shape of training.
 
     Attributes:
-        begin: what is trained -> the state before the first step, with copies of it.
+        begin: (what is trained, projections) -> the state before the first step, with copies of both.
         step: (state, frozen, teacher's parameters, batch, fetched) -> (state, metrics); the old state is donated.
             `frozen` are weights of the student that are not trained, {} where all are.
         compare: (what is trained, frozen, teacher's parameters, batch, fetched) -> pairs of
             `epigone.lessons.comparison`, of the whole batch. A program of its own, so that whether it runs changes no
             bit of a step.
+        within: what inside the teacher is learned too; None for nothing.
     """
 
-    begin: Callable[[Any], State]
+    begin: Callable[..., State]
     step: Callable[[State, Any, Any, Batch, Any], tuple[State, dict[str, tuple[jax.Array, jax.Array]]]]
     compare: Callable[[Any, Any, Any, Batch, Any], Sums]
+    within: Within | None
 
 
 def programs(
@@ -63,21 +70,23 @@ def programs(
         if teacher and teacher.signal is Signal.OTHER_TOKENS:
             whole = partial(aligned_loss, objective)
         fused = partial(whole, heads=heads, mesh=cut)
+        within = None
+        if objective.inner and isinstance(scores, DecoderStates):  # `check_inside` lets no other in
+            within = Within(objective.inner, student, scores, cut)
         begin = jax.jit(partial(_begin, training))
-        step = jax.jit(partial(_step, training, objective, student, scores, fused), donate_argnums=0)
+        step = jax.jit(partial(_step, training, objective, student, scores, within, fused), donate_argnums=0)
         alone = heads if whole.func is fused_loss else heads[:1]
         beside = jax.jit(partial(_compare, student, scores, partial(compare, heads=alone, mesh=cut)))
-        _programs[key] = Programs(begin, step, beside)
+        _programs[key] = Programs(begin, step, beside, within)
     return _programs[key]
 
 
-def _begin(training: Training, params: Any) -> State:
-    params = jax.tree.map(jnp.copy, params)
-    state = {
-        "step": jnp.zeros((), jnp.int32),
-        "params": params,
-        "optimizer": transformation(training.optimizer, training.steps).init(params),
-    }
+def _begin(training: Training, params: Any, projections: Projections | None = None) -> State:
+    state = {"params": jax.tree.map(jnp.copy, params)}
+    if projections:
+        state["projections"] = jax.tree.map(jnp.copy, projections)
+    optimizer = transformation(training.optimizer, training.steps).init(_learned(state))
+    state |= {"step": jnp.zeros((), jnp.int32), "optimizer": optimizer}
     return state if training.ema_decay is None else state | {"ema": jax.tree.map(jnp.copy, params)}
 
 
@@ -86,6 +95,7 @@ def _step(
     objective: Objective,
     student: Student,
     scores: Callable[..., Any] | None,
+    within: Within | None,
     fused: Callable[..., tuple[jax.Array, jax.Array]],
     state: State,
     frozen: Any,
@@ -99,20 +109,37 @@ def _step(
     knobs = objective.knobs(state["step"])
     teacher_params = weights_of(scores, state, teacher_params)
 
-    def loss(params: Any, part: tuple[Batch, Any]) -> jax.Array:
+    def loss(learned: Any, part: tuple[Batch, Any]) -> tuple[jax.Array, dict[str, jax.Array]]:
         batch, fetched = part
-        given = _given(scores, student, frozen, teacher_params, batch, fetched)
-        return fused(student(params, frozen, batch), given, batch.targets_BT, batch.weights_BT, knobs=knobs)[0] / tokens
+        params, projections = _parted(state, learned)
+        inner: dict[str, jax.Array] = {}
+        if within is None:
+            given = _given(scores, student, frozen, teacher_params, batch, fetched)
+            ours = student(params, frozen, batch)
+        else:
+            ours, given, losses = within(projections, params, frozen, teacher_params, batch)
+            given = given if objective.needs_scores else None
+            each = zip(names_of(objective.inner), losses, strict=True)
+            inner = {name: jnp.sum(loss_BT * batch.weights_BT) for name, loss_BT in each}
+        total = fused(ours, given, batch.targets_BT, batch.weights_BT, knobs=knobs)[0]
+        for match, value in zip(objective.inner, inner.values(), strict=True):
+            total += at_step(match.weight, state["step"]) * value
+        return total / tokens, inner
 
-    mean_loss, gradients = _accumulated(jax.value_and_grad(loss), state["params"], (batch, fetched))
+    zeros = jnp.zeros(()), {name: jnp.zeros(()) for name in names_of(objective.inner)}
+    differentiated = jax.value_and_grad(loss, has_aux=True)
+    (mean_loss, inner), gradients = _accumulated(differentiated, _learned(state), (batch, fetched), zeros)
     updates, optimizer_state = _update(training, gradients, state)
-    params = optax.apply_updates(state["params"], updates)
+    params, projections = _parted(state, optax.apply_updates(_learned(state), updates))
     new = {"step": state["step"] + 1, "params": params, "optimizer": optimizer_state}
+    if projections:
+        new["projections"] = projections
     if training.ema_decay is not None:
         new["ema"] = optax.incremental_update(params, state["ema"], 1.0 - training.ema_decay)
     one = jnp.ones(())
     metrics = {
         "loss": (mean_loss * tokens, tokens),
+        **{name: (value, tokens) for name, value in inner.items()},
         "gradient_norm": (optax.global_norm(gradients), one),
         "learning_rate": (learning_rate(training.optimizer, training.steps)(state["step"]), one),
     }
@@ -158,22 +185,31 @@ def _compare(
     return as_pairs(jax.lax.scan(add, zeros, (batch, fetched))[0])
 
 
-def _accumulated(value_and_grad: Callable[..., Any], params: Any, parts: Any) -> tuple[jax.Array, Any]:
-    """Sum of the loss and of its gradient over the micro-batches, one at a time."""
+def _accumulated(value_and_grad: Callable[..., Any], params: Any, parts: Any, zeros: Any) -> tuple[Any, Any]:
+    """Sum of the values, which begin at `zeros`, and of the gradient over the micro-batches, one at a time."""
     if jax.tree.leaves(parts)[0].shape[0] == 1:
         return value_and_grad(params, jax.tree.map(lambda x: x[0], parts))
 
     def add(sums: Any, part: Any) -> tuple[Any, None]:
         return jax.tree.map(jnp.add, sums, value_and_grad(params, part)), None
 
-    zeros = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, params))
-    return jax.lax.scan(add, zeros, parts)[0]
+    return jax.lax.scan(add, (zeros, jax.tree.map(jnp.zeros_like, params)), parts)[0]
+
+
+def _learned(state: State) -> Any:
+    """All that the optimizer moves: the student, and what is learned beside it."""
+    return {name: state[name] for name in ("params", "projections")} if "projections" in state else state["params"]
+
+
+def _parted(state: State, learned: Any) -> tuple[Any, Projections]:
+    """And back."""
+    return (learned["params"], learned["projections"]) if "projections" in state else (learned, {})
 
 
 def _update(training: Training, gradients: Any, state: State) -> tuple[Any, Any]:
     """The optimizer's step. Optax knows no explicit shardings: inside it, the compiler places what lies between."""
     update = transformation(training.optimizer, training.steps).update
-    params, optimizer_state = state["params"], state["optimizer"]
+    params, optimizer_state = _learned(state), state["optimizer"]
     if jax.sharding.get_abstract_mesh().empty:
         return update(gradients, optimizer_state, params)
     shardings = jax.tree.map(lambda x: jax.typeof(x).sharding, (params, optimizer_state))

@@ -10,9 +10,10 @@ from epigone.lessons.heads import Head, Hidden
 from epigone.models import adapters, decoder
 from epigone.models.adapters import LowRank
 from epigone.models.config import DecoderConfig
+from epigone.models.inside import Asked, Inside
 from epigone.models.sharding import spread
 from epigone.teachers import Batch
-from epigone.teachers.in_memory import DecoderStates, states
+from epigone.teachers.in_memory import DecoderStates, look_inside
 
 
 @dataclass(frozen=True)
@@ -32,9 +33,13 @@ class Student:
 
         Args: what is trained; weights that are not, {} where all are.
         """
+        return self.look_inside(trained, frozen, batch, Asked())[0]
+
+    def look_inside(self, trained: Any, frozen: Any, batch: Batch, asked: Asked) -> tuple[Hidden, Inside]:
+        """The same, and what is asked for of single layers."""
         if self.adapters is None:
-            return DecoderStates(self.config)(trained, batch)
-        return states(adapters.adapted(self.adapters, self.config, frozen, trained), batch)
+            return DecoderStates(self.config).look_inside(trained, batch, asked)
+        return look_inside(adapters.adapted(self.adapters, self.config, frozen, trained), batch, asked)
 
     @property
     def head(self) -> Head:

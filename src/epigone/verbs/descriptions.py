@@ -8,6 +8,7 @@ from pathlib import PurePath
 from typing import Any, NamedTuple
 
 from epigone.identity import canonical
+from epigone.lessons.inner import Match
 from epigone.lessons.objective import Objective
 from epigone.lessons.schedules import Linear
 from epigone.lineage import Lesson, Text, Written
@@ -71,9 +72,20 @@ def _objective(lesson: Lesson) -> str:
     objective = lesson.objective
     if not isinstance(objective, Objective):
         return "counting, no gradient" if objective is None else type(objective).__name__
+    inside = "".join(f" + {_number(match.weight)} x {_match(match)}" for match in objective.inner)
+    return _of_logits(objective, lesson) + inside
+
+
+def _match(match: Match) -> str:
+    """What inside the teacher is learned."""
+    layers = _called(match.layers) if callable(match.layers) else ", ".join(f"{a} from {b}" for a, b in match.layers)
+    return f"{' '.join(match.kind.name.split('_'))} (layers: {layers})"
+
+
+def _of_logits(objective: Objective, lesson: Lesson) -> str:
     text = "cross-entropy with the text"
-    if not objective.needs_teacher:
-        return f"{text}, no teacher"
+    if not objective.needs_scores:
+        return text if objective.inner else f"{text}, no teacher"
     temperature = f"temperature {_number(objective.temperature)}"
     if objective.temperature != 1 and objective.temperature_squared:
         temperature += ", times temperature squared"
