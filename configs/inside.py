@@ -4,7 +4,7 @@ What     On the Bible in Basic English: a transformer teacher of four layers, an
          learn from its scores on two per cent of the text: from the scores alone (control), and with one thing inside
          the teacher beside them, each with weight 1: its states by mean squared error and by cosine (layers spread
          evenly), the relations of queries, keys and values in its last layer, and its last states told apart by
-         contrast.
+         contrast. The mean squared error is there with weight 0.02 too, at which it begins as large as the others.
 Why      Romero et al. 2015 (FitNets), Sanh et al. 2019 (DistilBERT), Wang et al. 2021 (MiniLMv2), Tian et al. 2020
          (CRD): each found that its own signal helps a small student. Here they stand side by side, on one text, with
          one optimizer and the same steps.
@@ -34,6 +34,7 @@ SMALL = DecoderConfig(layers=2, model_size=64, heads=2, max_length=128)
 WAYS: dict[str, tuple[Match, ...]] = {
     "scores": (),
     "mse": (Match(States(hidden_mse), layers=evenly),),
+    "mse-light": (Match(States(hidden_mse), layers=evenly, weight=0.02),),
     "cosine": (Match(States(hidden_cosine), layers=evenly),),
     "relations": (Match(Relations(heads=4), layers=last),),
     "contrast": (Match(Contrast(size=64), layers=last),),

@@ -21,7 +21,7 @@ from epigone.verbs.descriptions import lesson_in_words
 from epigone.verbs.run import load_config
 
 CONFIG = Path(__file__).parent.parent / "configs" / "inside.py"
-WAYS = ["scores", "mse", "cosine", "relations", "contrast"]
+WAYS = ["scores", "mse", "mse-light", "cosine", "relations", "contrast"]
 
 
 class Silent:
@@ -67,7 +67,13 @@ def test_every_way_is_grown_begins_alike_and_shows_what_it_learned(lineage, reco
     ways = [node for node in lineage.nodes if node.generation == 1]
     assert [node.name for node in ways] == WAYS
     assert len({(n.model, n.seed, n.lesson.text, n.lesson.training, n.lesson.teacher) for n in ways}) == 1
-    names = {"mse": "hidden_mse", "cosine": "hidden_cosine", "relations": "relations", "contrast": "contrast"}
+    names = {
+        "mse": "hidden_mse",
+        "mse-light": "hidden_mse",
+        "cosine": "hidden_cosine",
+        "relations": "relations",
+        "contrast": "contrast",
+    }
     for way in WAYS:
         inner = {name for name in records[way]["curve"][-1] if name.startswith("inner_")}
         assert inner == ({f"inner_{names[way]}"} if way in names else set())
