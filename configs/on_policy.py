@@ -1,9 +1,10 @@
 """Own texts: a student that is corrected on what it writes itself, against students that read what others wrote.
 
 What     On the Bible in Basic English: a transformer teacher; a small student that learns from its scores on two per
-         cent of the text; and that student trained on, for the same number of steps, in eight ways: on the text
+         cent of the text; and that student trained on, for the same number of steps, in nine ways: on the text
          alone (control), by forward and by reverse KL on the text, on its own texts at half of the steps and at all of
-         them, with a replay of them, with a teacher that takes a hand in writing, and by the policy gradient.
+         them, with a replay of them, with a teacher that takes a hand in writing, by the policy gradient of single
+         tokens, and by that of whole texts.
 Why      Agarwal et al. 2024 (GKD) and Gu et al. 2024 (MiniLLM): at inference a student goes on from its own tokens, and
          there the teacher's scores of the text say little. Reverse KL is the divergence whose expectation is over what
          the student writes.
@@ -20,7 +21,7 @@ from epigone.data.corpora import Embedded
 from epigone.data.tokenizers import Words
 from epigone.lessons.divergences import forward_kl, jsd, reverse_kl
 from epigone.lessons.objective import TEXT_ALONE, Objective
-from epigone.lessons.policy_gradient import sampled_reverse_kl
+from epigone.lessons.policy_gradient import sampled_reverse_kl, sequence_reverse_kl
 from epigone.lineage import Evaluation, Lesson, Lineage, Node, Text, TrainedTokenizer
 from epigone.models.config import DecoderConfig
 from epigone.training.loop import Training
@@ -45,6 +46,7 @@ WAYS: dict[str, tuple[Objective, OnPolicy | None]] = {
     "reverse-replay": (Objective(reverse_kl), change(OWN, replay=8, reuse=2)),
     "reverse-mixed": (Objective(reverse_kl), change(OWN, teacher_share=0.2, importance=True)),
     "policy-gradient": (Objective(sampled_reverse_kl), OWN),
+    "whole-texts": (Objective(sequence_reverse_kl), OWN),
 }
 """What each of the students is taught towards, and on whose texts."""
 

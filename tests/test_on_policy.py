@@ -19,7 +19,7 @@ from epigone.training.on_policy import OnPolicy
 from epigone.verbs.run import load_config
 
 CONFIG = Path(__file__).parent.parent / "configs" / "on_policy.py"
-OWN = {"jsd-half-own", "reverse-own", "reverse-replay", "reverse-mixed", "policy-gradient"}
+OWN = {"jsd-half-own", "reverse-own", "reverse-replay", "reverse-mixed", "policy-gradient", "whole-texts"}
 
 
 @pytest.fixture(scope="module")
@@ -46,9 +46,9 @@ def test_every_way_is_grown_and_its_text_is_judged_by_the_teacher(lineage, recor
 
 def test_all_ways_begin_alike_and_differ_in_what_they_are_taught_alone(lineage):
     ways = [node for node in lineage.nodes if node.generation == 2]
-    assert len(ways) == 8
+    assert len(ways) == 9
     assert len({(n.model, n.seed, n.lesson.text, n.lesson.training, n.lesson.start_from) for n in ways}) == 1
-    assert len({(n.lesson.objective, n.lesson.on_policy) for n in ways}) == 8
+    assert len({(n.lesson.objective, n.lesson.on_policy) for n in ways}) == 9
 
 
 def test_what_was_planned_is_what_was_spent(records):

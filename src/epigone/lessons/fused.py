@@ -39,6 +39,7 @@ from epigone.lessons.heads import (
     weights_of,
     with_members,
 )
+from epigone.lessons.policy_gradient import Drawn
 from epigone.lessons.sparse import Sparse
 
 SUM_BYTES = 2**25
@@ -65,7 +66,7 @@ def fused_loss(
     loss: Loss,
     student: Hidden,
     teacher: Given,
-    targets_BT: Int[Array, "B T"],
+    targets_BT: Int[Array, "B T"] | Drawn,
     weights_BT: Float[Array, "B T"],
     *,
     heads: tuple[Head | None, ...] = (Head(),),
@@ -80,7 +81,7 @@ def fused_loss(
         student: gets a gradient in all its parts.
         teacher: hidden states and head, or logits [B, T, V] or a few scores a token that are at hand, or several
             teachers, or None, or one `Beside` it with a vocabulary of its own; a constant.
-        targets_BT: the next tokens, for losses that read them.
+        targets_BT: the next tokens, for losses that read them; or what is known of tokens that were drawn.
         weights_BT: of the tokens.
         heads: the student's head, then those of the teachers; a teacher without one has the student's. Where they
             differ in vocab_size, the least counts for all: what is padding to one is masked in all.
@@ -119,13 +120,15 @@ def _how(loss: Loss, heads: tuple[Head | None, ...], mesh: Mesh, chunk: int | No
     return Fused(loss, own, tuple(theirs) or (own,), mesh, chunk)
 
 
-def _arguments(mesh: Mesh, student: Hidden, teacher: Any, targets: jax.Array, weights: jax.Array) -> tuple[Mesh, Any]:
+def _arguments(mesh: Mesh, student: Hidden, teacher: Any, targets: Any, weights: jax.Array) -> tuple[Mesh, Any]:
     """The arguments over one vocabulary and where the mesh, if one is set, wants them; a teacher is a constant."""
     V = student.weight_VD.shape[0]
     if not isinstance(teacher, Beside):
         teacher = with_members(teacher, [of_rows(one, V) for one in members(teacher)])
     teacher = jax.lax.stop_gradient(teacher)
-    return placed(mesh, (student, teacher, targets, weights), _specs(mesh, student, teacher))
+    *own, rows, _ = _specs(mesh, student, teacher)
+    where = (*own, jax.tree.map(lambda _: rows, targets), rows)
+    return placed(mesh, (student, teacher, targets, weights), where)
 
 
 def _specs(mesh: Mesh, student: Hidden, teacher: Any) -> tuple[Any, ...]:
@@ -134,12 +137,12 @@ def _specs(mesh: Mesh, student: Hidden, teacher: Any) -> tuple[Any, ...]:
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _fused(how: Fused, knobs: Any, student: Hidden, teacher: Any, targets: jax.Array, weights: jax.Array) -> Any:
+def _fused(how: Fused, knobs: Any, student: Hidden, teacher: Any, targets: Any, weights: jax.Array) -> Any:
     loss_BT = _forward(how, knobs, student, teacher, targets)
     return jnp.sum(loss_BT * weights), loss_BT
 
 
-def _fused_fwd(how: Fused, knobs: Any, student: Hidden, teacher: Any, targets: jax.Array, weights: jax.Array) -> Any:
+def _fused_fwd(how: Fused, knobs: Any, student: Hidden, teacher: Any, targets: Any, weights: jax.Array) -> Any:
     out = (P(), P(how.mesh.batch or None), specs(how.mesh, student))
     total, loss_BT, gradients = _mapped(how, _local, out, knobs, student, teacher, targets, weights)
     return (total, loss_BT), (gradients, loss_BT)
@@ -154,13 +157,13 @@ def _fused_bwd(how: Fused, kept: Any, cotangents: tuple[jax.Array, jax.Array]) -
 _fused.defvjp(_fused_fwd, _fused_bwd)
 
 
-def _forward(how: Fused, knobs: Any, student: Hidden, teacher: Any, targets_BT: jax.Array) -> Any:
+def _forward(how: Fused, knobs: Any, student: Hidden, teacher: Any, targets_BT: Any) -> Any:
     """What the loss says of each token, [B, T], without gradients."""
     return _mapped(how, _local_values, P(how.mesh.batch or None), knobs, student, teacher, targets_BT)
 
 
 def _mapped(
-    how: Fused, local: Callable[..., Any], out: Any, knobs: Any, student: Hidden, teacher: Any, *rows: jax.Array
+    how: Fused, local: Callable[..., Any], out: Any, knobs: Any, student: Hidden, teacher: Any, *rows: Any
 ) -> Any:
     """`local` on every device of the mesh, with its own part of all arguments."""
     if how.mesh == Mesh():
@@ -179,9 +182,9 @@ class _Chunked(NamedTuple):
     parts: Any
 
 
-def _chunked(how: Fused, knobs: Any, student: Hidden, teacher: Any, *rows: jax.Array) -> _Chunked:
+def _chunked(how: Fused, knobs: Any, student: Hidden, teacher: Any, *rows: Any) -> _Chunked:
     most = max(student.weight_VD.shape[0], *map(rows_of, members(teacher)))
-    pieces, C, R = sizes(rows[0].size, most, how.chunk)
+    pieces, C, R = sizes(student.hidden_BTD[..., 0].size, most, how.chunk)
     # A bias counts as one that differs between devices: else its gradient would be summed over them at every chunk.
     bias_V = None if student.bias_V is None else _varying(student.bias_V, how.mesh.batch)
     weights = (student.weight_VD.astype(student.hidden_BTD.dtype), bias_V)
@@ -190,7 +193,7 @@ def _chunked(how: Fused, knobs: Any, student: Hidden, teacher: Any, *rows: jax.A
     return _Chunked(weights, tuple(weights_of(one) for one in members(teacher)), R, knobs, parts)
 
 
-def _local_values(how: Fused, knobs: Any, student: Hidden, teacher: Any, targets_BT: jax.Array) -> Any:
+def _local_values(how: Fused, knobs: Any, student: Hidden, teacher: Any, targets_BT: Any) -> Any:
     """What the loss says of the tokens that are on this device."""
     work = _chunked(how, knobs, student, teacher, targets_BT)
 
@@ -199,11 +202,11 @@ def _local_values(how: Fused, knobs: Any, student: Hidden, teacher: Any, targets
         return jax.lax.map(lambda block: _values(how, work, block[0], work.student[1], *block[1:]), blocks)
 
     values = jax.lax.map(chunk, work.parts)
-    return whole(jax.tree.map(lambda x: x.reshape(-1, x.shape[-1]), values), targets_BT.shape)
+    return whole(jax.tree.map(lambda x: x.reshape(-1, x.shape[-1]), values), student.hidden_BTD.shape[:2])
 
 
 def _local(
-    how: Fused, knobs: Any, student: Hidden, teacher: Any, targets_BT: jax.Array, weights_BT: jax.Array
+    how: Fused, knobs: Any, student: Hidden, teacher: Any, targets_BT: Any, weights_BT: jax.Array
 ) -> tuple[jax.Array, jax.Array, Hidden]:
     """Sum, losses and gradients of the tokens that are on this device."""
     batch, vocab = how.mesh
@@ -216,7 +219,8 @@ def _local(
     if batch:
         total, sums = jax.lax.psum((total, sums), batch)
     by_head = jax.tree.map(lambda g, x: g.astype(x.dtype), sums, shapes)
-    return total, whole(loss_PC, targets_BT.shape), Hidden(whole(hidden_PCD, targets_BT.shape), *by_head)
+    shape = weights_BT.shape
+    return total, whole(loss_PC, shape), Hidden(whole(hidden_PCD, shape), *by_head)
 
 
 def _products(work: _Chunked, hidden_CD: jax.Array, known_C: Any) -> tuple[jax.Array, Any]:
@@ -280,7 +284,7 @@ def _rows(how: Fused, work: _Chunked, carry: Any, part: Any) -> tuple[Any, jax.A
     return (total + more, jax.tree.map(jnp.add, by_bias_V, more_V), raw_CV), loss_R
 
 
-def _values(how: Fused, work: _Chunked, raw_RV: jax.Array, bias_V: Any, known_R: Any, targets_R: jax.Array) -> Any:
+def _values(how: Fused, work: _Chunked, raw_RV: jax.Array, bias_V: Any, known_R: Any, targets_R: Any) -> Any:
     """What the loss says of R tokens."""
     vocab = how.mesh.vocab
     logits_RV = read(raw_RV, (work.student[0], bias_V), how.student, vocab)

@@ -12,7 +12,7 @@ from epigone.errors import UserError
 from epigone.lessons.divergences import Divergence, cross_entropy, forward_kl
 from epigone.lessons.ensemble import Several, combined
 from epigone.lessons.inner import Match
-from epigone.lessons.policy_gradient import with_targets
+from epigone.lessons.policy_gradient import Drawn, tokens_of, with_targets
 from epigone.lessons.schedules import Schedule, at_step, ends
 from epigone.lessons.sparse import Sparse, sparse_divergence
 from epigone.lessons.terms import on_cut_rows
@@ -65,7 +65,7 @@ class Objective:
         self,
         student_logits_BTV: Float[Array, "B T V"],
         teacher: Float[Array, "B T V"] | Sparse | Several | None,
-        targets_BT: Int[Array, "B T"],
+        targets_BT: Int[Array, "B T"] | Drawn,
         vocab_axis: str | None = None,
         knobs: tuple[jax.Array, jax.Array] | None = None,
     ) -> Float[Array, "B T"]:
@@ -76,8 +76,9 @@ class Objective:
 
         Raises: UserError where a teacher is needed and there is none, and for a schedule without its knobs.
         """
+        tokens_BT = tokens_of(targets_BT)
         if not self.needs_scores:
-            return cross_entropy(student_logits_BTV, targets_BT, vocab_axis=vocab_axis)
+            return cross_entropy(student_logits_BTV, tokens_BT, vocab_axis=vocab_axis)
         if teacher is None:
             raise UserError(
                 f"objective: hard_weight={self.hard_weight} leaves the rest to a teacher, and there is none: name a "
@@ -87,7 +88,7 @@ class Objective:
         if callable(temperature) or callable(hard_weight):
             raise UserError(f"objective: {self} changes with the steps: say at which, with knobs(step)")
         if isinstance(teacher, Several):
-            teacher = combined(teacher, targets_BT, temperature, vocab_axis)
+            teacher = combined(teacher, tokens_BT, temperature, vocab_axis)
         divergence: Callable[..., Any] = on_cut_rows(with_targets(self.divergence, targets_BT), vocab_axis)
         if isinstance(teacher, Sparse):
             divergence = partial(sparse_divergence, self.divergence, vocab_axis=vocab_axis)
@@ -96,7 +97,7 @@ class Objective:
         )
         if knobs is None and hard_weight == 0.0:
             return soft_BT
-        hard_BT = cross_entropy(student_logits_BTV, targets_BT, vocab_axis=vocab_axis)
+        hard_BT = cross_entropy(student_logits_BTV, tokens_BT, vocab_axis=vocab_axis)
         return (1.0 - hard_weight) * soft_BT + hard_weight * hard_BT
 
 

@@ -19,6 +19,8 @@ from epigone.lessons.comparison import Sums, as_pairs, compare
 from epigone.lessons.fused import fused_loss
 from epigone.lessons.inner import names_of
 from epigone.lessons.objective import Objective
+from epigone.lessons.policy_gradient import reads_later
+from epigone.lessons.rewards import rewarded_loss
 from epigone.lessons.schedules import at_step
 from epigone.lessons.sparse import Sparse
 from epigone.teachers import Batch, Signal, Teacher
@@ -66,7 +68,7 @@ def programs(
     if key not in _programs:
         heads = (student.head, *(theirs if isinstance(theirs, tuple) else (theirs,)))
         cut = Mesh(BATCH_AXES, "tensor" if mesh.shape["tensor"] > 1 else None)
-        whole: Any = partial(fused_loss, objective.loss)
+        whole: Any = partial(rewarded_loss if reads_later(objective.divergence) else fused_loss, objective.loss)
         if teacher and teacher.signal is Signal.OTHER_TOKENS:
             whole = partial(aligned_loss, objective)
         fused = partial(whole, heads=heads, mesh=cut)
@@ -75,7 +77,7 @@ def programs(
             within = Within(objective.inner, student, scores, cut)
         begin = jax.jit(partial(_begin, training))
         step = jax.jit(partial(_step, training, objective, student, scores, within, fused), donate_argnums=0)
-        alone = heads if whole.func is fused_loss else heads[:1]
+        alone = heads[:1] if whole.func is aligned_loss else heads
         beside = jax.jit(partial(_compare, student, scores, partial(compare, heads=alone, mesh=cut)))
         _programs[key] = Programs(begin, step, beside, within)
     return _programs[key]
@@ -121,7 +123,8 @@ def _step(
             given = given if objective.needs_scores else None
             each = zip(names_of(objective.inner), losses, strict=True)
             inner = {name: jnp.sum(loss_BT * batch.weights_BT) for name, loss_BT in each}
-        total = fused(ours, given, batch.targets_BT, batch.weights_BT, knobs=knobs)[0]
+        texts = {"segments_BT": batch.segments_BT} if reads_later(objective.divergence) else {}
+        total = fused(ours, given, batch.targets_BT, batch.weights_BT, knobs=knobs, **texts)[0]
         for match, value in zip(objective.inner, inner.values(), strict=True):
             total += at_step(match.weight, state["step"]) * value
         return total / tokens, inner
