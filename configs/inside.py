@@ -9,9 +9,9 @@ Why      Romero et al. 2015 (FitNets), Sanh et al. 2019 (DistilBERT), Wang et al
          (CRD): each found that its own signal helps a small student. Here they stand side by side, on one text, with
          one optimizer and the same steps.
 Command  epigone run configs/inside.py
-Cost     7.4e12 FLOPs, minutes on two cores.
-Expect   What is held together comes closer from step to step (`inner_...` in each curve); docs/lessons.md says what it
-         gains on held-out text.
+Cost     Measured: 19 nodes in seven minutes on two cores that had other work.
+Expect   Held-out perplexity of three seeds: scores alone 72 to 94, light mean squared error 69 to 74, cosine 73 to 80,
+         contrast 77 to 80, relations 86 to 87, mean squared error of weight 1 184 to 196. The teacher has 42.
 """
 
 from epigone.data.corpora import Embedded
@@ -42,7 +42,7 @@ WAYS: dict[str, tuple[Match, ...]] = {
 """What of the teacher's inside each of the students learns beside its scores."""
 
 
-def lineage(seeds: int = 2, steps: int = 150, scale: float = 1.0) -> Lineage:
+def lineage(seeds: int = 3, steps: int = 150, scale: float = 1.0) -> Lineage:
     """A teacher, and for each seed a student a way.
 
     Args:
