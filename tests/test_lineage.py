@@ -12,7 +12,10 @@ from epigone import regimes
 from epigone.errors import Fault, UserError
 from epigone.families import chain, fan_out, population, repeat
 from epigone.identity import canonical, fingerprint, restore
+from epigone.lessons.objective import Objective
 from epigone.lineage import Evaluation, Lesson, Lineage, Node, Text, TrainedTokenizer, Written
+from epigone.models.config import DecoderConfig
+from epigone.training.config import Training
 
 
 @dataclass(frozen=True)
@@ -136,3 +139,18 @@ def test_what_has_no_stable_identity_is_refused():
     for value in (lambda x: x, object(), {1, 2}):
         with pytest.raises(UserError, match="a config cannot hold"):
             fingerprint(value)
+
+
+@pytest.mark.parametrize(
+    ("config", "known"),
+    [
+        (DecoderConfig(), "2b32ce012b433fd2"),
+        (Training(), "50dba4c19255a4e0"),
+        (Objective(), "a04e92002f958004"),
+        (Lesson(), "8026e7cb9ef8f1b0"),
+    ],
+    ids=["model", "training", "objective", "lesson"],
+)
+def test_a_field_that_comes_later_changes_no_identity_where_it_is_not_set(config, known):
+    """Nodes that were grown stay done, and what draws its seed from a config draws the same: see WHERE_SET."""
+    assert fingerprint(config) == known

@@ -160,7 +160,7 @@ class Lesson:
     scores: Any = None
     start_from: str | None = None
     inherit: Any = None
-    adapters: Any = None
+    adapters: Any = field(default=None, metadata={"identity": WHERE_SET})
     source: Pretrained | None = None
     objective: Any = None
     training: Any = None

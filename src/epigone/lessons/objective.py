@@ -1,7 +1,7 @@
 """What a student's logits are held against: a teacher's distribution, the text itself, or both."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -9,6 +9,7 @@ import jax
 from jaxtyping import Array, Float, Int
 
 from epigone.errors import UserError
+from epigone.identity import WHERE_SET
 from epigone.lessons.divergences import Divergence, cross_entropy, forward_kl
 from epigone.lessons.ensemble import Several, combined
 from epigone.lessons.inner import Match
@@ -37,7 +38,7 @@ class Objective:
     temperature: float | Schedule = 1.0
     temperature_squared: bool = True
     hard_weight: float | Schedule = 0.0
-    inner: tuple[Match, ...] = ()
+    inner: tuple[Match, ...] = field(default=(), metadata={"identity": WHERE_SET})
 
     def __post_init__(self) -> None:
         if not all(0.0 <= weight <= 1.0 for weight in ends(self.hard_weight)):

@@ -1,12 +1,13 @@
 """What a decoder is: one frozen dataclass, in which the families are data, and the sizes that follow from it."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 
 from epigone.errors import UserError
+from epigone.identity import WHERE_SET
 from epigone.models.language_model import Specials
 from epigone.models.layers import learned, offset_rms_norm, rms_norm, rotary, silu
 from epigone.models.quantization import Quantization
@@ -118,7 +119,7 @@ class DecoderConfig:
     dtype: str = "float32"
     weights_dtype: str = "float32"
     remat: Callable[..., bool] | None = None
-    quantization: Quantization | None = None
+    quantization: Quantization | None = field(default=None, metadata={"identity": WHERE_SET})
 
     def __post_init__(self) -> None:
         for name in ("layers", "model_size", "heads", "max_length", "vocab_multiple", "experts_per_token"):
