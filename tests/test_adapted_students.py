@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tiny import Silent
 
 from epigone.cli import main
 from epigone.errors import UserError
@@ -15,7 +16,7 @@ from epigone.grow import grow
 from epigone.interchange.streaming import load_weights
 from epigone.interchange.weight_files import open_weights
 from epigone.lessons.objective import Objective
-from epigone.lineage import Lesson, Node, Pretrained
+from epigone.lineage import Lesson, Pretrained
 from epigone.materials import Materials
 from epigone.models import adapters, decoder
 from epigone.models.adapters import LowRank
@@ -33,18 +34,6 @@ from epigone.verbs.export import export
 from epigone.verbs.run import load_config
 
 CONFIG = Path(__file__).parent.parent / "configs" / "adapted_students.py"
-
-
-class Silent:
-    """A view that shows nothing."""
-
-    def start(self, node: Node) -> None: ...
-
-    def stage(self, name: str, steps: int | None = None) -> None: ...
-
-    def step(self, report: object) -> None: ...
-
-    def finish(self, node: Node, record: dict) -> None: ...
 
 
 def changed(node, **fields):

@@ -6,7 +6,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from test_quickstart import Silent
+from tiny import Silent
 
 from epigone.data.tokenizers import Words
 from epigone.errors import UserError

@@ -4,6 +4,7 @@ import dataclasses
 from pathlib import Path
 
 import pytest
+from tiny import Silent
 
 from epigone.cli import main
 from epigone.data.tokenizers import BPE
@@ -12,7 +13,6 @@ from epigone.grow import grow
 from epigone.lessons.inner import Match
 from epigone.lessons.match_kinds import Relations, States
 from epigone.lessons.objective import Objective
-from epigone.lineage import Node
 from epigone.models.ngram import NGram
 from epigone.plan import plan
 from epigone.store import Store
@@ -22,18 +22,6 @@ from epigone.verbs.run import load_config
 
 CONFIG = Path(__file__).parent.parent / "configs" / "inside.py"
 WAYS = ["scores", "mse", "mse-light", "cosine", "relations", "contrast"]
-
-
-class Silent:
-    """A view that shows nothing."""
-
-    def start(self, node: Node) -> None: ...
-
-    def stage(self, name: str, steps: int | None = None) -> None: ...
-
-    def step(self, report: object) -> None: ...
-
-    def finish(self, node: Node, record: dict) -> None: ...
 
 
 def shrunk(node):

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import tiny
+from tiny import Silent
 
 from epigone.cli import main
 from epigone.data.corpora import TextFiles
@@ -13,25 +14,13 @@ from epigone.errors import UserError
 from epigone.grow import grow
 from epigone.lessons.alignment import likelihood_matching
 from epigone.lessons.objective import Objective
-from epigone.lineage import Evaluation, Node, Text, TrainedTokenizer
+from epigone.lineage import Evaluation, Text, TrainedTokenizer
 from epigone.store import Store
 from epigone.teachers.ensemble import Ensemble
 from epigone.teachers.kept import TopK
 from epigone.verbs.run import load_config
 
 CONFIG = Path(__file__).parent.parent / "configs" / "other_tokenizer.py"
-
-
-class Silent:
-    """A view that shows nothing."""
-
-    def start(self, node: Node) -> None: ...
-
-    def stage(self, name: str, steps: int | None = None) -> None: ...
-
-    def step(self, report: object) -> None: ...
-
-    def finish(self, node: Node, record: dict) -> None: ...
 
 
 def shrunk(node, corpus):

@@ -4,7 +4,7 @@ import dataclasses
 from pathlib import Path
 
 import pytest
-from test_quickstart import Silent
+from tiny import Silent
 
 from epigone.data.tokenizers import Words
 from epigone.grow import grow

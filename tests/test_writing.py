@@ -7,7 +7,7 @@ import shutil
 import numpy as np
 import pytest
 import tiny
-from test_quickstart import Silent
+from tiny import Silent
 
 from epigone.data.corpora import TextFiles
 from epigone.data.tokenizers import Bytes, Words
