@@ -9,10 +9,10 @@ Why      Hu et al. 2021: the change that adapts a model has low rank, so that gr
          weights themselves can be spared. Jacob et al. 2018: a model that is trained with rounded weights loses less by
          the rounding; with a teacher this is quantization-aware distillation (Polino et al. 2018).
 Command  epigone run configs/adapted_students.py
-Cost     Measured: 7 minutes on two cores (5.5 minutes of processor time), and 2.9 GiB.
-Expect   Held-out perplexity: begin 110, rank 2 105, rank 8 101, rank 64 97, all weights 69: what adapters lack here is
+Cost     Measured: four minutes on two cores (6 minutes of processor time), and 2.9 GiB.
+Expect   Held-out perplexity: begin 114, rank 2 109, rank 8 105, rank 64 101, all weights 67: what adapters lack here is
          most likely the table of embeddings, four fifths of this model. Rounded to int8 nothing is lost; to int4
-         0.8 (matrices) and 2.3 (activations too), of which training with it regains a third and a quarter.
+         0.9 (matrices) and 2.7 (activations too); training with int4 matrices regains a quarter.
 """
 
 from dataclasses import replace as change
