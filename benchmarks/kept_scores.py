@@ -43,6 +43,7 @@ from epigone.training.labelling import label
 from epigone.training.optimizer import Optimizer
 from epigone.training.sharding import to_mesh
 from epigone.training.step import programs
+from epigone.training.student import Student
 
 T = 128
 TEACHER = DecoderConfig(layers=2, model_size=128, heads=4, max_length=T)
@@ -106,7 +107,7 @@ def train_speed(config: DecoderConfig, cached: CachedTeacher, batches: Batches, 
     mesh = make_mesh(1, 1, 1)
     with jax.set_mesh(mesh):
         training = Training(steps=100, batch_size=batches.batch_size, sequence_length=T)
-        program = programs(config, training, Objective(forward_kl), cached, mesh)
+        program = programs(Student(config), training, Objective(forward_kl), cached, mesh)
         from epigone.models import decoder
 
         state = program.begin(decoder.init(config, 0))
@@ -115,7 +116,7 @@ def train_speed(config: DecoderConfig, cached: CachedTeacher, batches: Batches, 
 
         def step(_: int) -> None:
             nonlocal state
-            state, metrics = program.step(state, {}, *arrays)
+            state, metrics = program.step(state, {}, {}, *arrays)
             jax.block_until_ready(metrics)
 
         return speed(step, int(batch.weights_BT.sum()), rounds)
@@ -134,7 +135,7 @@ def main() -> None:
         teacher_config, config = (type(c)(**{**vars(c), **sizes}) for c in (TEACHER, STUDENT))
         teacher = DecoderTeacher(teacher_config, trained(teacher_config, rows, given.steps, 8), "words")
         beside = jax.jit(teacher.scores)
-        params, student = trained(config, rows, given.steps // 3, 4), DecoderStates(config)
+        params, student = trained(config, rows, max(1, given.steps // 3), 4), DecoderStates(config)
         some = Rows(rows.planes_R3T[: given.labelled // T], 0)
         batches = Batches([some], None, given.rows, seed=1)
         print(f"{tokenizer.size:,} tokens, batches of {given.rows} x {T}, {given.batches} of them")
