@@ -1,5 +1,6 @@
 """Fused losses against the dense form: values, gradients, meshes, and the memory that they take."""
 
+import re
 from functools import partial
 
 import jax
@@ -14,6 +15,7 @@ from epigone.lessons.divergences import forward_kl
 from epigone.lessons.fused import fused_loss
 from epigone.lessons.heads import NEVER, Head, Hidden
 from epigone.lessons.objective import TEXT_ALONE, Objective
+from epigone.lessons.sparse import Rest, Sparse
 from epigone.models.sharding import make_mesh
 
 B, T, D, E, V = 8, 6, 12, 20, 48
@@ -174,13 +176,30 @@ def test_bfloat16_states_are_rounded_where_the_dense_form_rounds_them():
         np.testing.assert_allclose(np.float32(mine), np.float32(wanted), rtol=0.02, atol=0.02)
 
 
-def temporaries(function, tokens, vocabulary, size=64):
-    """Bytes that a compiled loss needs beside its arguments and results."""
+def compiled(function, tokens, vocabulary, size=64, teacher=None):
+    """A loss with its gradient, for teachers of the student's shape or for what is given instead."""
     kind = jax.ShapeDtypeStruct
     hidden = Hidden(kind((1, tokens, size), jnp.float32), kind((vocabulary, size), jnp.float32))
     rows = kind((1, tokens), jnp.int32), kind((1, tokens), jnp.float32)
     step = jax.jit(jax.value_and_grad(function, has_aux=True))
-    return step.lower(hidden, hidden, *rows).compile().memory_analysis().temp_size_in_bytes
+    return step.lower(hidden, teacher or hidden, *rows).compile()
+
+
+def temporaries(function, tokens, vocabulary, size=64):
+    """Bytes that a compiled loss needs beside its arguments and results."""
+    return compiled(function, tokens, vocabulary, size).memory_analysis().temp_size_in_bytes
+
+
+@pytest.mark.parametrize("name", ["forward_kl", "logit_mse", "text", "mixed", "draws"])
+def test_no_chunk_of_logits_is_copied(name):
+    """Where a loss is written over its logits, XLA copies them if it wants to read them afterwards: at every block."""
+    objective, teacher = OBJECTIVES.get(name, OBJECTIVES["forward_kl"]), None
+    if name == "draws":
+        kept = jax.ShapeDtypeStruct((1, 512, 4), jnp.int32), jax.ShapeDtypeStruct((1, 512, 4), jnp.float32)
+        teacher = Sparse(*kept, jax.ShapeDtypeStruct((1, 512), jnp.float32), Rest.SAMPLED)
+    program = compiled(partial(fused, objective, (Head(), Head()), chunk=512), 512, 8192, teacher=teacher).as_text()
+    assert re.search(r"f32\[512,8192\]", program)
+    assert not re.findall(r"f32\[512,8192\]\S* copy\(", program)
 
 
 @pytest.mark.parametrize("name", ["forward_kl", "adaptive_kl", "jsd", "mixed"])

@@ -280,6 +280,9 @@ def _rows(how: Fused, work: _Chunked, carry: Any, part: Any) -> tuple[Any, jax.A
     raw_RV = jax.lax.dynamic_slice_in_dim(raw_CV, first, work.R)
     more, pull, loss_R = jax.vjp(loss, raw_RV, work.student[1], has_aux=True)
     by_raw_RV, more_V = pull(jnp.ones_like(more))
+    # A loss that is not a number has no gradient. What matters is that the gradient depends on the loss: else XLA may
+    # want to read these rows after they are written over, and copies the whole chunk at every few rows of it.
+    by_raw_RV = jnp.where(jnp.isnan(more), jnp.nan, by_raw_RV)
     raw_CV = jax.lax.dynamic_update_slice_in_dim(raw_CV, by_raw_RV, first, 0)
     return (total + more, jax.tree.map(jnp.add, by_bias_V, more_V), raw_CV), loss_R
 
