@@ -1,11 +1,11 @@
 """The fused loss beside the dense form, PyTorch's dense form and Liger's chunked loss, in one alternating run.
 
 Forward KL at temperature 1 between two heads over one vocabulary, float32: the loss, and its gradients by the student's
-hidden states and head. Before anything is timed, all must give the same loss and the same gradients. Every round times
-every implementation once, in an order that rotates; what is printed are medians over the rounds, and medians and
-quartiles of the ratio within a round. All run in one process: the same threads, and the same settings of the C
-library's allocator (src/epigone/runtime.py; EPIGONE_RUNTIME=off leaves them as they are). Temporaries are what XLA's
-compiled program needs beside its arguments and results.
+hidden states and head; `--objective` takes any other, beside the dense form alone. Before anything is timed, all must
+give the same loss and the same gradients. Every round times every implementation once, in an order that rotates; what is
+printed are medians over the rounds, and medians and quartiles of the ratio within a round. All run in one process: the
+same threads, and the same settings of the C library's allocator (src/epigone/runtime.py; EPIGONE_RUNTIME=off leaves them
+as they are). Temporaries are what XLA's compiled program needs beside its arguments and results.
 """
 
 import argparse
@@ -30,10 +30,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from epigone.lessons.divergences import forward_kl
+from epigone.lessons import divergences
 from epigone.lessons.fused import fused_loss
 from epigone.lessons.heads import Hidden
-from epigone.lessons.objective import Objective
+from epigone.lessons.objective import TEXT_ALONE, Objective
+
+NAMES = ["forward_kl", "reverse_kl", "symmetric_kl", "jsd", "skew_forward_kl", "skew_reverse_kl", "adaptive_kl"]
+NAMES += ["total_variation", "alpha_beta", "logit_mse"]
+OBJECTIVES = {name: Objective(getattr(divergences, name)) for name in NAMES}
+OBJECTIVES |= {"cross_entropy": TEXT_ALONE, "half_hard": Objective(hard_weight=0.5)}
 
 PAUSE = 0.3
 """Seconds between two jobs, in which threads of the last one that still spin come to rest."""
@@ -75,11 +80,10 @@ def arrays(shape: Shape) -> Arrays:
     return Arrays(*made)
 
 
-def ours(given: Arrays, fused: bool) -> tuple[Job, int]:
+def ours(given: Arrays, fused: bool, objective: Objective) -> tuple[Job, int]:
     """The loss of the project, fused or dense, and the bytes of its temporaries."""
     tokens = len(given.student_TD)
-    targets_BT, weights_BT = jnp.zeros((1, tokens), jnp.int32), jnp.full((1, tokens), 1 / tokens)
-    objective = Objective(divergence=forward_kl)
+    targets_BT, weights_BT = jnp.arange(tokens)[None] % len(given.student_VD), jnp.full((1, tokens), 1 / tokens)
 
     def loss(hidden_TD: jax.Array, head_VD: jax.Array, known_TD: jax.Array, known_VD: jax.Array) -> jax.Array:
         if fused:
@@ -150,13 +154,15 @@ def torch_job(loss: Callable, leaves: list) -> Job:
     return job
 
 
-def jobs_of(shape: Shape) -> tuple[dict[str, Job], list[str]]:
+def jobs_of(shape: Shape, objective: str) -> tuple[dict[str, Job], list[str]]:
     """All implementations that are installed, ours first, and lines to be told."""
     given, told = arrays(shape), []
     jobs: dict[str, Job] = {}
     for name, fused in (("fused", True), ("dense", False)):
-        jobs[name], size = ours(given, fused)
+        jobs[name], size = ours(given, fused, OBJECTIVES[objective])
         told.append(f"{name}: {size / 1e6:,.0f} MB of temporaries")
+    if objective != "forward_kl":
+        return jobs, told
     for name, make in (("PyTorch dense", torch_dense), ("Liger chunked", liger)):
         try:
             jobs[name] = make(given, shape.threads)
@@ -192,12 +198,15 @@ def main() -> None:
     defaults = {"tokens": 4096, "vocab-size": 128_256, "student": 1024, "teacher": 1024}
     for name, value in (defaults | {"threads": os.cpu_count() or 1, "rounds": 5}).items():
         parser.add_argument(f"--{name}", type=int, default=value, help=f"default {value}")
+    parser.add_argument("--objective", choices=OBJECTIVES, default="forward_kl", help="default forward_kl")
     given = vars(parser.parse_args())
     shape = Shape(**{name: given[name] for name in Shape._fields})
     os.sched_setaffinity(0, set(sorted(os.sched_getaffinity(0))[: shape.threads]))
-    jobs, told = jobs_of(shape)
+    jobs, told = jobs_of(shape, given["objective"])
     check(jobs)
-    print(f"{shape.tokens:,} tokens, vocabulary {shape.vocab_size:,}, D {shape.student} and {shape.teacher}")
+    print(
+        f"{given['objective']}: {shape.tokens:,} tokens, vocabulary {shape.vocab_size:,}, D {shape.student} and {shape.teacher}"
+    )
     print(*told, sep="\n")
     seconds = measure(jobs, given["rounds"])
     for name, times in seconds.items():
