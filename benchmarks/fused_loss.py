@@ -2,10 +2,10 @@
 
 Forward KL at temperature 1 between two heads over one vocabulary, float32: the loss, and its gradients by the student's
 hidden states and head; `--objective` takes any other, beside the dense form alone. Before anything is timed, all must
-give the same loss and the same gradients. Every round times every implementation once, in an order that rotates; what is
-printed are medians over the rounds, and medians and quartiles of the ratio within a round. All run in one process: the
-same threads, and the same settings of the C library's allocator (src/epigone/runtime.py; EPIGONE_RUNTIME=off leaves them
-as they are). Temporaries are what XLA's compiled program needs beside its arguments and results.
+give the same loss and the same gradients. Every round times every implementation once, in an order that rotates; what
+is printed are medians over the rounds, and medians and quartiles of the ratio within a round. All run in one process:
+the same threads, and the same settings of the C library's allocator (src/epigone/runtime.py; EPIGONE_RUNTIME=off leaves
+them as they are). Temporaries are what XLA's compiled program needs beside its arguments and results.
 """
 
 import argparse
@@ -204,9 +204,8 @@ def main() -> None:
     os.sched_setaffinity(0, set(sorted(os.sched_getaffinity(0))[: shape.threads]))
     jobs, told = jobs_of(shape, given["objective"])
     check(jobs)
-    print(
-        f"{given['objective']}: {shape.tokens:,} tokens, vocabulary {shape.vocab_size:,}, D {shape.student} and {shape.teacher}"
-    )
+    sizes = f"{shape.tokens:,} tokens, vocabulary {shape.vocab_size:,}, D {shape.student} and {shape.teacher}"
+    print(f"{given['objective']}: {sizes}")
     print(*told, sep="\n")
     seconds = measure(jobs, given["rounds"])
     for name, times in seconds.items():
