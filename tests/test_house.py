@@ -33,7 +33,8 @@ MAY_IMPORT = {
     "opened": {"errors", "identity", "lineage", "store", "materials", "data", "models", "training"},
     "families": {"errors", "lineage"},
     "sampling": {"errors", "models"},
-    "store": {"errors", "identity", "lineage"},
+    "storage": {"errors"},
+    "store": {"errors", "identity", "lineage", "storage"},
     "view": {"lineage"},
     "overrides": {"errors", "lineage"},
     "materials": {
@@ -55,7 +56,7 @@ MAY_IMPORT = {
     "data": {"errors", "models"},
     "lessons": {"errors", "identity"},
     "teachers": {"errors", "models", "lessons", "data", "sampling"},
-    "training": {"errors", "identity", "models", "lessons", "teachers", "data", "sampling"},
+    "training": {"errors", "identity", "models", "lessons", "teachers", "data", "sampling", "storage"},
     "evaluate": {"errors", "models"},
     "report": {"errors"},
     "runtime": set(),

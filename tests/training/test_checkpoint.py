@@ -14,7 +14,7 @@ from training_toy import MODEL
 from epigone.errors import Fault, UserError
 from epigone.models import decoder
 from epigone.models.sharding import make_mesh
-from epigone.training import checkpoint
+from epigone.training import sealed_on_disk
 from epigone.training.checkpoint import Checkpointer, load_params, save_params
 
 IDENTITY = "0123456789abcdef"
@@ -170,7 +170,7 @@ def test_a_full_disk_is_one_line_and_harms_nothing(tmp_path, monkeypatch):
     def full(path):
         raise OSError(errno.ENOSPC, "No space left on device", str(path))
 
-    monkeypatch.setattr(checkpoint, "_checksum", full)
+    monkeypatch.setattr(sealed_on_disk, "checksum", full)
     checkpoints = Checkpointer(tmp_path, IDENTITY)
     checkpoints.save(7, state(7), {})
     with pytest.raises(Fault, match=r"could not write .*step_00000007: .*No space left"):

@@ -1,17 +1,13 @@
 """Checkpoints: sealed with a checksum of every file, visible only when whole. The only place that knows Orbax.
 
-    DIRECTORY/arrays/...       what Orbax writes, one entry an array
-    DIRECTORY/manifest.json    what it is (identity, step, ...), the shape of each array, size and SHA-256 of each file
+    DIRECTORY/manifest.json    what it is (identity, step, ...), the shape of each array, size and checksum of each file
+    DIRECTORY/arrays/...       on a disk, what Orbax writes (`sealed_on_disk`)
+    DIRECTORY/PART/arrays/...  in a bucket, what `stored_arrays` writes (`sealed_in_bucket`): Orbax knows no s3://
 
-A checkpoint is written under a hidden name and renamed when its manifest is there. Orbax is imported at the first use:
-that takes a second, and short runs need it only at their end.
+Orbax is imported at the first use: that takes a second, and short runs need it only at their end.
 """
 
 import contextlib
-import hashlib
-import json
-import os
-import shutil
 import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -23,13 +19,12 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from epigone.errors import Fault, UserError
+from epigone.storage.places import explained, on_store
+from epigone.training import sealed_in_bucket, sealed_on_disk
+from epigone.training.sealed import Damaged, read_manifest
 
 KEEP = 2
 """Checkpoints of a running node that are kept: the last, and the one before should the last be damaged."""
-
-
-class Damaged(Exception):
-    """A checkpoint that is not what its manifest says."""
 
 
 def save_params(directory: Path, params: Any) -> None:
@@ -37,11 +32,12 @@ def save_params(directory: Path, params: Any) -> None:
 
     Raises: Fault if they cannot be written (a full disk).
     """
-    arrays = _flat(params)
-    hidden = _hidden(directory)
+    arrays, number = _flat(params), _begun(directory)
     with _writing(directory):
-        _start_saving(hidden, arrays, kept=True)()
-        _seal(hidden, directory, {"arrays": _signature(arrays)})
+        _start_saving(directory, number, arrays, kept=True)()
+        if jax.process_index() == 0:
+            _seals(directory).seal(directory, number, {"arrays": _signature(arrays)})
+        _barrier("checkpoint sealed")
 
 
 def load_params(directory: Path, abstract: Any) -> Any:
@@ -49,16 +45,21 @@ def load_params(directory: Path, abstract: Any) -> Any:
 
     Raises: Fault if they are missing or damaged; UserError if they are those of another model.
     """
-    if not directory.is_dir():
+    seals = _seals(directory)
+    if not seals.exists(directory):
         raise Fault(f"no parameters in {directory}: grow the node that they belong to again")
     try:
-        manifest = _verify(directory)
+        manifest = seals.verify(directory)
         _check_signature(directory, manifest, abstract)
-        return _restore(directory, abstract)
+        return _restore(seals.sealed(directory, manifest), abstract)
     except Damaged as damage:
         raise Fault(
             f"parameters {directory} are damaged ({damage}): delete that directory and grow the node again"
         ) from None
+
+
+LONGEST_WAIT = 3600
+"""Seconds that a process waits for others to write their parts."""
 
 
 class Checkpointer:
@@ -70,7 +71,7 @@ class Checkpointer:
     """
 
     def __init__(self, directory: Path, identity: str) -> None:
-        self._directory, self._identity = directory, identity
+        self._directory, self._identity, self._seals = directory, identity, _seals(directory)
         self._executor = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: Future[None] | None = None
 
@@ -79,18 +80,22 @@ class Checkpointer:
 
         A damaged one is set aside with a warning. Raises UserError for one of another node or another model.
         """
-        found = _chosen_by_first_process(self._newest_whole)
-        if found < 0:
-            return None
-        directory = self._path(found)
-        manifest = json.loads((directory / "manifest.json").read_text())
-        if manifest["identity"] != self._identity:
-            raise UserError(
-                f"checkpoint {directory} belongs to node identity {manifest['identity']}, this node is "
-                f"{self._identity}: delete {self._directory}, or use another run directory"
-            )
-        _check_signature(directory, manifest, abstract)
-        return _restore(directory, abstract), manifest["about"]
+        while (found := _chosen_by_first_process(self._newest_whole)) >= 0:
+            directory = self._path(found)
+            manifest = read_manifest(directory)
+            if manifest["identity"] != self._identity:
+                raise UserError(
+                    f"checkpoint {directory} belongs to node identity {manifest['identity']}, this node is "
+                    f"{self._identity}: delete {self._directory}, or use another run directory"
+                )
+            _check_signature(directory, manifest, abstract)
+            arrays, damage = _attempt(self._seals.sealed(directory, manifest), abstract)
+            if not _anywhere(damage is not None):
+                return arrays, manifest["about"]
+            if jax.process_index() == 0:
+                self._set_aside(directory, damage or Damaged("another process could not read it"))
+            _barrier("checkpoint set aside")
+        return None
 
     def save(self, step: int, state: Any, about: dict[str, Any]) -> None:
         """Start to write a checkpoint. `state` may be donated or changed as soon as this returns.
@@ -99,11 +104,11 @@ class Checkpointer:
         """
         self.wait()
         arrays, final = _flat(state), self._path(step)
-        hidden = _hidden(final)
+        number = _begun(final)
         manifest = {"identity": self._identity, "step": step, "arrays": _signature(arrays), "about": about}
         with _writing(final):
-            finish = _start_saving(hidden, arrays)
-        self._pending = self._executor.submit(self._finish, finish, hidden, final, manifest)
+            finish = _start_saving(final, number, arrays)
+        self._pending = self._executor.submit(self._finish, finish, final, number, manifest)
 
     def wait(self) -> None:
         """Wait until all is on disk. Raises: Fault if it could not be written."""
@@ -118,33 +123,32 @@ class Checkpointer:
         finally:
             self._executor.shutdown()
 
-    def _finish(self, finish: Callable[[], None], hidden: Path, final: Path, manifest: dict[str, Any]) -> None:
+    def _finish(self, finish: Callable[[], None], final: Path, number: int, manifest: dict[str, Any]) -> None:
         with _writing(final):
             finish()
             if jax.process_index() == 0:
-                _publish(hidden, final, manifest)
+                self._seals.seal(final, number, manifest)
                 for step in self._steps()[:-KEEP]:
-                    shutil.rmtree(self._path(step))
+                    self._seals.remove(self._path(step))
 
     def _newest_whole(self) -> int:
-        for leftover in self._directory.glob(".*.tmp"):
-            shutil.rmtree(leftover)
-        steps = self._steps()
-        while steps:
-            path = self._path(steps.pop())
+        self._seals.clean(self._directory)
+        for step in reversed(self._steps()):
             try:
-                _verify(path)
-                return int(path.name.removeprefix("step_"))
+                self._seals.verify(self._path(step))
+                return step
             except Damaged as damage:
-                instead = f"using {self._path(steps[-1])}" if steps else "there is none before it, starting at step 0"
-                warnings.warn(f"checkpoint {path} is damaged ({damage}): {instead}", stacklevel=4)
-                aside = path.with_suffix(".damaged")
-                shutil.rmtree(aside, ignore_errors=True)
-                path.rename(aside)
+                self._set_aside(self._path(step), damage)
         return -1
 
+    def _set_aside(self, path: Path, damage: Damaged) -> None:
+        before = [step for step in self._steps() if self._path(step).name < path.name]
+        instead = f"using {self._path(before[-1])}" if before else "there is none before it, starting at step 0"
+        warnings.warn(f"checkpoint {path} is damaged ({damage}): {instead}", stacklevel=5)
+        self._seals.set_aside(path)
+
     def _steps(self) -> list[int]:
-        names = (path.name.removeprefix("step_") for path in self._directory.glob("step_*"))
+        names = (name.removeprefix("step_") for name in self._seals.names(self._directory))
         return sorted(int(name) for name in names if name.isdigit())
 
     def _path(self, step: int) -> Path:
@@ -169,32 +173,71 @@ def _check_signature(directory: Path, manifest: dict[str, Any], abstract: Any) -
             raise UserError(f"checkpoint {directory} is of another model: '{name}' is {a} there and {b} here")
 
 
-def _start_saving(hidden: Path, arrays: dict[str, Any], kept: bool = False) -> Callable[[], None]:
+def _seals(directory: Path) -> Any:
+    """What seals where a checkpoint lies."""
+    return sealed_in_bucket if on_store(directory) else sealed_on_disk
+
+
+def _begun(final: Path) -> int:
+    """The first process makes room for a new checkpoint; all learn the number of its part."""
+    with _writing(final):
+        return _chosen_by_first_process(lambda: _seals(final).begin(final))
+
+
+def _start_saving(final: Path, number: int, arrays: dict[str, Any], kept: bool = False) -> Callable[[], None]:
     """Copy the arrays off the devices, start to write them, and return a function that waits for the end.
 
     Arrays that are `kept` as they are until then need no copy.
     """
     import orbax.checkpoint as ocp
 
-    if jax.process_index() == 0:
-        shutil.rmtree(hidden, ignore_errors=True)
-        hidden.mkdir(parents=True)
-    _barrier("checkpoint directory")
+    place = _seals(final).written(final, number) / "arrays"
+    if on_store(final):
+        from epigone.training.stored_arrays import start_writing
+
+        write = start_writing(place, arrays, kept)
+        everyone = set(range(jax.process_count()))
+
+        def finish() -> None:
+            write()
+            # Not over the devices, which train meanwhile.
+            ocp.multihost.sync_global_processes(f"written {place}", processes=everyone, timeout=LONGEST_WAIT)
+
+        return finish
     if jax.process_count() == 1 and jax.default_backend() == "cpu" and not kept:
         # On a CPU a NumPy view of an array is the array itself, which the next step overwrites: make real copies.
         arrays = {name: np.array(array) for name, array in arrays.items()}
     checkpointer = ocp.StandardCheckpointer()
-    checkpointer.save((hidden / "arrays").absolute(), arrays)
+    checkpointer.save(place.absolute(), arrays)
 
-    def finish() -> None:
+    def finish_on_disk() -> None:
         checkpointer.wait_until_finished()
         checkpointer.close()
 
-    return finish
+    return finish_on_disk
 
 
-def _restore(directory: Path, abstract: Any) -> Any:
-    """Arrays where `abstract` places them; what it places nowhere, on this process's first device."""
+def _attempt(place: Path, abstract: Any) -> tuple[Any, Damaged | None]:
+    """The arrays, or what is wrong with them: all processes must hear of it."""
+    try:
+        return _restore(place, abstract), None
+    except Damaged as damage:
+        return None, damage
+
+
+def _restore(place: Path, abstract: Any) -> Any:
+    """Arrays where `abstract` places them; what it places nowhere, on this process's first device. Raises: Damaged."""
+    named = _flat(abstract)
+    if on_store(place):
+        from epigone.training.stored_arrays import read
+
+        arrays = read(place / "arrays", named)
+    else:
+        arrays = _restore_from_disk(place, named)
+    return jax.tree.unflatten(jax.tree.structure(abstract), [arrays[name] for name in named])
+
+
+def _restore_from_disk(directory: Path, abstract: dict[str, Any]) -> dict[str, Any]:
     import orbax.checkpoint as ocp
 
     here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
@@ -202,7 +245,7 @@ def _restore(directory: Path, abstract: Any) -> Any:
     def target(leaf: Any) -> Any:
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=getattr(leaf, "sharding", None) or here)
 
-    names, targets = zip(*((name, target(leaf)) for name, leaf in _flat(abstract).items()), strict=True)
+    names, targets = zip(*((name, target(leaf)) for name, leaf in abstract.items()), strict=True)
     process = jax.process_index()
     alone = all(target.sharding == here for target in targets)
     # A process that reads for itself must not wait for others, which may not read at all.
@@ -212,56 +255,7 @@ def _restore(directory: Path, abstract: Any) -> Any:
         barrier_sync_key_prefix=f"process {process}" if alone else None,
     )
     with ocp.StandardCheckpointer(multiprocessing_options=options) as checkpointer:
-        arrays = checkpointer.restore((directory / "arrays").absolute(), dict(zip(names, targets, strict=True)))
-    return jax.tree.unflatten(jax.tree.structure(abstract), [arrays[name] for name in names])
-
-
-def _seal(hidden: Path, final: Path, manifest: dict[str, Any]) -> None:
-    if jax.process_index() == 0:
-        _publish(hidden, final, manifest)
-    _barrier("checkpoint sealed")
-
-
-def _publish(hidden: Path, final: Path, manifest: dict[str, Any]) -> None:
-    """Write the manifest, and give the directory its name in one step."""
-    files = {str(p.relative_to(hidden)): _checksum(p) for p in sorted(hidden.rglob("*")) if p.is_file()}
-    with (hidden / "manifest.json").open("w") as file:
-        json.dump(manifest | {"files": files}, file)
-        file.flush()
-        os.fsync(file.fileno())
-    if final.exists():
-        old = final.with_name(f".{final.name}.old.tmp")
-        shutil.rmtree(old, ignore_errors=True)
-        final.rename(old)
-        hidden.rename(final)
-        shutil.rmtree(old)
-    else:
-        hidden.rename(final)
-
-
-def _verify(directory: Path) -> dict[str, Any]:
-    """The manifest, if every file is as it says."""
-    try:
-        manifest = json.loads((directory / "manifest.json").read_text())
-        files = manifest["files"]
-    except (OSError, ValueError, KeyError):
-        raise Damaged("its manifest.json is missing or unreadable") from None
-    for name, sealed in files.items():
-        path = directory / name
-        if not path.is_file():
-            raise Damaged(f"{name} is missing")
-        if _checksum(path) != sealed:
-            raise Damaged(f"{name} has another size or checksum than it was written with")
-    return manifest
-
-
-def _checksum(path: Path) -> list[Any]:
-    with path.open("rb") as file:
-        return [path.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest()]
-
-
-def _hidden(final: Path) -> Path:
-    return final.with_name(f".{final.name}.tmp")
+        return dict(checkpointer.restore((directory / "arrays").absolute(), dict(zip(names, targets, strict=True))))
 
 
 @contextlib.contextmanager
@@ -269,10 +263,29 @@ def _writing(final: Path) -> Iterator[None]:
     """Any failure to write becomes one line."""
     try:
         yield
-    except (OSError, ValueError) as error:  # Tensorstore reports a full disk as a ValueError.
+    except (UserError, Fault):
+        raise
+    except Exception as error:
+        # Tensorstore reports a full disk as a ValueError; the clients of stores have errors of their own.
+        if on_store(final):
+            raise Fault(_stored_reason(final, error)) from error
+        if not isinstance(error, OSError | ValueError):
+            raise
         full = "No space left on device"
         reason = full if full in str(error) else str(error).splitlines()[0][:300]
         raise Fault(f"could not write {final}: {reason}; make room there, and run the same command again") from error
+
+
+def _stored_reason(final: Path, error: Exception) -> str:
+    reason = explained(error, final) or str(error).splitlines()[0][:300]
+    return f"could not write {final}: {reason}; when that is mended, run the same command again"
+
+
+def _anywhere(here: bool) -> bool:
+    """Whether it is so in any process."""
+    if jax.process_count() == 1:
+        return here
+    return bool(np.any(multihost_utils.process_allgather(np.bool_(here))))
 
 
 def _chosen_by_first_process(choose: Callable[[], int]) -> int:

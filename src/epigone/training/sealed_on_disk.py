@@ -1,0 +1,92 @@
+"""Checkpoints on a disk: written under a hidden name, and renamed when their manifest is there."""
+
+import hashlib
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from epigone.training.sealed import Damaged, read_manifest
+
+
+def begin(final: Path) -> int:
+    """Make room for what becomes `final`."""
+    hidden = written(final, 0)
+    shutil.rmtree(hidden, ignore_errors=True)
+    hidden.mkdir(parents=True)
+    return 0
+
+
+def written(final: Path, _: int) -> Path:
+    """Where the files are put."""
+    return final.with_name(f".{final.name}.tmp")
+
+
+def sealed(final: Path, _: dict[str, Any]) -> Path:
+    """Where the files of a sealed one are."""
+    return final
+
+
+def seal(final: Path, number: int, manifest: dict[str, Any]) -> None:
+    """Write the manifest, and give the directory its name in one step."""
+    hidden = written(final, number)
+    files = {str(p.relative_to(hidden)): checksum(p) for p in sorted(hidden.rglob("*")) if p.is_file()}
+    with (hidden / "manifest.json").open("w") as file:
+        json.dump(manifest | {"files": files}, file)
+        file.flush()
+        os.fsync(file.fileno())
+    if final.exists():
+        old = final.with_name(f".{final.name}.old.tmp")
+        shutil.rmtree(old, ignore_errors=True)
+        final.rename(old)
+        hidden.rename(final)
+        shutil.rmtree(old)
+    else:
+        hidden.rename(final)
+
+
+def verify(directory: Path) -> dict[str, Any]:
+    """The manifest, if every file is as it says. Raises: Damaged."""
+    manifest = read_manifest(directory)
+    for name, said in manifest["files"].items():
+        path = directory / name
+        if not path.is_file():
+            raise Damaged(f"{name} is missing")
+        if checksum(path) != said:
+            raise Damaged(f"{name} has another size or checksum than it was written with")
+    return manifest
+
+
+def exists(directory: Path) -> bool:
+    """Whether anything is there."""
+    return directory.is_dir()
+
+
+def names(directory: Path) -> list[str]:
+    """Names of all that is sealed."""
+    return [path.name for path in directory.glob("step_*")]
+
+
+def clean(directory: Path) -> None:
+    """Remove what killed writers left."""
+    for leftover in directory.glob(".*.tmp"):
+        shutil.rmtree(leftover)
+
+
+def set_aside(path: Path) -> None:
+    """Keep a damaged one under another name."""
+    aside = path.with_suffix(".damaged")
+    shutil.rmtree(aside, ignore_errors=True)
+    path.rename(aside)
+
+
+def remove(path: Path) -> None:
+    """Delete one that is sealed."""
+    shutil.rmtree(path)
+
+
+def checksum(path: Path) -> list[Any]:
+    """Size and SHA-256 of a file."""
+    with path.open("rb") as file:
+        return [path.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest()]
