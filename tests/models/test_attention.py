@@ -1,11 +1,20 @@
 """Attention against a float64 loop, and which implementation is chosen where."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from epigone.models.attention import causal_mask, choose_attention, cudnn_attention, xla_attention
+from epigone.models.attention import (
+    SegmentsAndKind,
+    causal_mask,
+    choose_attention,
+    cudnn_attention,
+    splash_attention,
+    xla_attention,
+)
 
 
 def arrays(B=2, T=9, N=4, K=2, H=6):
@@ -55,7 +64,7 @@ def test_equals_the_implementation_that_jax_ships():
     ("arguments", "name", "reason"),
     [
         ((64, "float32", None, "cpu"), "xla", "cpu"),
-        ((64, "bfloat16", None, "tpu"), "xla", "tpu"),
+        ((64, "bfloat16", None, "tpu"), "splash", "tpu"),
         ((64, "bfloat16", None, "gpu"), "cudnn", "bfloat16"),
         ((64, "float32", None, "gpu"), "xla", "float32"),
         ((60, "bfloat16", None, "gpu"), "xla", "head size 60"),
@@ -63,8 +72,35 @@ def test_equals_the_implementation_that_jax_ships():
     ],
 )
 def test_choice_says_what_and_why(arguments, name, reason):
-    choice = choose_attention(*arguments)
+    *arguments, platform = arguments
+    choice = choose_attention(*arguments, platform=platform)
     assert choice.name == name
     assert reason in choice.reason
-    assert choice.function is {"xla": xla_attention, "cudnn": cudnn_attention}[name]
+    functions = {"xla": xla_attention, "cudnn": cudnn_attention, "splash": splash_attention}
+    assert getattr(choice.function, "func", choice.function) is functions[name]
     assert choose_attention(64, "float32", None).name == "xla"
+    assert choose_attention(64, "bfloat16", None, length=64, platform="tpu").name == "xla"
+
+
+@pytest.mark.parametrize(("window", "windowed", "cap"), [(None, False, None), (40, True, None), (40, "traced", 5.0)])
+def test_the_kernel_for_tpus_gives_the_same_values_and_gradients(window, windowed, cap):
+    """Interpreted on a CPU: packed segments, grouped heads, a length that is no multiple of 128."""
+    q, k, v = arrays(B=2, T=150, N=4, K=2, H=16)
+    segments = jnp.asarray(np.repeat([[1, 1, 2, 2, 0], [1, 2, 3, 3, 3]], 30, axis=1))
+    weights = jnp.asarray(np.random.default_rng(1).standard_normal(q.shape), jnp.float32)
+
+    def result_and_gradient(attention, seen):
+        def loss(q, k, v):
+            out = attention(q, k, v, seen, cap, 0.3)
+            return jnp.sum(out * weights), out
+
+        (_, out), gradients = jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True))(q, k, v)
+        return out, *gradients
+
+    splash = partial(splash_attention, window, interpret=True)
+    for bound in (True, False) if windowed == "traced" else (windowed,):
+        mask = causal_mask(segments, window if bound else None)
+        seen = SegmentsAndKind(segments, jnp.asarray(bound) if windowed == "traced" else bound)
+        ours, theirs = result_and_gradient(splash, seen), result_and_gradient(xla_attention, mask)
+        for a, b in zip(ours, theirs, strict=True):
+            np.testing.assert_allclose(a, b, atol=3e-5)

@@ -13,7 +13,7 @@ from flax import nnx
 
 from epigone.errors import UserError
 from epigone.identity import canonical, restore
-from epigone.models.attention import attend, causal_mask, choose_attention
+from epigone.models.attention import causal_mask, xla_attention
 from epigone.models.decoder import abstract, apply, arrays, block, init, structure
 from epigone.models.importance import measure
 from epigone.models.inherit import Inherit, check, inherit
@@ -97,9 +97,8 @@ def test_the_student_runs_the_chosen_layers_of_the_teacher():
 def blocks(config, params, layers, tokens, positions, segments):
     """The teacher's logits when only these layers run, block by block."""
     model = nnx.merge(structure(config), params)
-    choice = choose_attention(config.sizes.H, config.dtype, None)
     mask = causal_mask(segments, None)
-    mix = lambda q, k, v: (attend(choice, Sharding(), q, k, v, mask, None, 0.5), None)  # noqa: E731
+    mix = lambda q, k, v: (xla_attention(q, k, v, mask, None, 0.5), None)  # noqa: E731
     x = model.embed(tokens, positions)
     for layer in layers:
         weights = {name: value[layer] for name, value in arrays(model.layers).items()}

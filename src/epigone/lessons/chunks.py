@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
 
+from epigone.devices import platform_in_use
 from epigone.lessons.ensemble import Several
 from epigone.lessons.heads import Beside, Head, Hidden, members, product, read, weights_of, with_members
 from epigone.lessons.sparse import Sparse
@@ -53,7 +54,7 @@ def placed(mesh: Mesh, arguments: Any, where: Any) -> tuple[Mesh, Any]:
 def sizes(tokens: int, vocabulary: int, chunk: int | None) -> tuple[int, int, int]:
     """How many chunks, tokens of a chunk, and rows of it whose losses are taken at once, which divide it."""
     pieces, C = parts(tokens, chunk or LOGITS_BYTES // (4 * vocabulary))
-    if jax.default_backend() != "cpu":
+    if platform_in_use() != "cpu":
         return pieces, C, C
     blocks, R = parts(C, ROWS_BYTES // (4 * vocabulary))
     return pieces, blocks * R, R

@@ -22,6 +22,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
+from epigone.devices import platform_in_use
 from epigone.lessons.chunks import Mesh, cut, placed, sizes, specs, whole
 from epigone.lessons.ensemble import Several
 from epigone.lessons.heads import (
@@ -256,7 +257,7 @@ def _add_product(sum_VD: jax.Array, by_raw_CV: jax.Array, hidden_CD: jax.Array) 
 
     V, D = sum_VD.shape
     size = min(V, max(1, SUM_BYTES // (4 * D)))
-    if jax.default_backend() != "cpu" or size == V:
+    if platform_in_use() != "cpu" or size == V:
         return sum_VD + by_weight(by_raw_CV)
 
     def add(first: Any, size: int, sum_VD: jax.Array) -> jax.Array:

@@ -22,8 +22,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from epigone.devices import platform_in_use
 from epigone.errors import UserError
-from epigone.models.attention import attend, causal_mask, choose_attention
+from epigone.models.attention import Attention, attend, choose_attention
 from epigone.models.config import DecoderConfig, Weight, layer_weights, outer_weights
 from epigone.models.experts import mixture
 from epigone.models.inside import Asked, Heads, Inside, Kept, by_place, empty, keep, places
@@ -63,18 +64,14 @@ class Decoder(nnx.Module):
         config, sharding = self.config, self.sharding
         rows = (placed(x, sharding.activation("BT")) for x in (tokens_BT, positions_BT, segments_BT))
         tokens_BT, positions_BT, segments_BT = rows
-        choice = choose_attention(config.sizes.H, config.dtype, config.attention_softcap)
-        mask_BTS, bound_BTS = (causal_mask(segments_BT, window) for window in (None, config.window))
-        angles, bound_angles = self.angles(positions_BT)
-        bound, choose = by_layer(config, (mask_BTS, angles), (bound_BTS, bound_angles))
+        bound, at_layer = self.by_layer(positions_BT, segments_BT)
 
         def layer(x_BTD: jax.Array, slices: tuple[Weights, jax.Array | None]) -> tuple[jax.Array, Heads | None]:
             weights, bound = slices
-            mask_BTS, angles = choose(bound)
+            angles, attention = at_layer(bound)
 
             def mix(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, Heads | None]:
-                cap, scale = config.attention_softcap, config.score_scale
-                return attend(choice, sharding, q, k, v, mask_BTS, cap, scale), (q, k, v) if asked.heads else None
+                return attention(q, k, v), (q, k, v) if asked.heads else None
 
             return block(config, sharding, weights, x_BTD, angles, mix)
 
@@ -92,6 +89,26 @@ class Decoder(nnx.Module):
         kept = empty(config, sharding, asked, *tokens_BT.shape)
         (x_BTD, kept), _ = jax.lax.scan(watched, (x_BTD, kept), (slices, places(config, asked)))
         return self.finish(x_BTD), by_place(kept, asked)
+
+    def by_layer(
+        self, positions_BT: jax.Array, segments_BT: jax.Array
+    ) -> tuple[jax.Array | None, Callable[[jax.Array | None], tuple[Angles | None, Callable[..., jax.Array]]]]:
+        """For a scan over layers: which ones the window binds [L], and what one of them rotates by and attends with.
+
+        The second is a function of one entry of the first; attention maps q_BTNH, k_BTKH, v_BTKH to what each query
+        takes.
+        """
+        config = self.config
+        cap, scale = config.attention_softcap, config.score_scale
+        choice = attention_of(config, segments_BT.shape[1])
+        seen = [choice.seen(segments_BT, window) for window in (None, config.window)]
+        bound, choose = by_layer(config, *zip(seen, self.angles(positions_BT), strict=True))
+
+        def at_layer(bound: jax.Array | None) -> tuple[Angles | None, Callable[..., jax.Array]]:
+            seen, angles = choose(bound)
+            return angles, lambda q, k, v: attend(choice, self.sharding, q, k, v, seen, cap, scale)
+
+        return bound, at_layer
 
     def angles(self, positions_BT: jax.Array) -> tuple[Angles | None, Angles | None]:
         """Rotations for the layers that the window does not bind, and for those that it does; None for none.
@@ -140,6 +157,11 @@ class Decoder(nnx.Module):
             "btd,vd->btv", hidden_BTD, head_VD, preferred_element_type=jnp.float32, out_sharding=out(cut)
         )
         return never_predicted(config, sharding, soft_cap(raw_BTV, config.logit_softcap))
+
+
+def attention_of(config: DecoderConfig, length: int) -> Attention:
+    """How a decoder attends within rows of this length, where it runs."""
+    return choose_attention(config.sizes.H, config.dtype, config.attention_softcap, window=config.window, length=length)
 
 
 def never_predicted(config: DecoderConfig, sharding: Sharding, logits_BTV: jax.Array) -> jax.Array:
@@ -253,7 +275,7 @@ def init(config: DecoderConfig, seed: int | jax.Array, sharding: Sharding = Shar
     """
     check(sharding, _shapes(config))
     key = jax.random.key(seed) if isinstance(seed, int) else seed
-    return _jitted_initial(jax.default_backend())(config, key, sharding)
+    return _jitted_initial(platform_in_use())(config, key, sharding)
 
 
 @cache

@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from epigone.devices import platform_in_use
 from epigone.models.sharding import MeshAxes, Sharding, in_mesh, placed
 
 BLOCK_ROWS = 256
@@ -98,7 +99,7 @@ def grouped_product(x_MD: jax.Array, w_EDF: jax.Array, sizes_E: jax.Array, axes:
     kernel of the compiler; elsewhere that one would make E copies of all rows, and a loop over blocks of rows does only
     the work that there is.
     """
-    if jax.default_backend() == "tpu":
+    if platform_in_use() == "tpu":
         return jax.lax.ragged_dot(x_MD, w_EDF, sizes_E)
     return blocked_product(x_MD, w_EDF, sizes_E, axes)
 

@@ -27,9 +27,8 @@ from flax import nnx
 from jax.sharding import PartitionSpec as P
 
 from epigone.errors import UserError
-from epigone.models.attention import attend, causal_mask, choose_attention
 from epigone.models.config import DecoderConfig
-from epigone.models.decoder import Weights, arrays, block, by_layer, structure
+from epigone.models.decoder import Weights, arrays, block, structure
 from epigone.models.experts import route
 from epigone.models.sharding import Sharding, check_batch, in_mesh, named, out, placed, spread
 
@@ -81,18 +80,15 @@ def _sums(
     """Of one batch: squared means summed over its rows, and 1 - cos summed over its tokens; stream [L, 2, D]."""
     model = nnx.merge(structure(config, sharding), params)
     mask_BT = (segments_BT > 0).astype(jnp.float32)
-    choice = choose_attention(config.sizes.H, config.dtype, config.attention_softcap)
-    masks = [causal_mask(segments_BT, window) for window in (None, config.window)]
-    bound, choose = by_layer(config, *zip(masks, model.angles(positions_BT), strict=True))
+    bound, at_layer = model.by_layer(positions_BT, segments_BT)
     square = partial(_square, mask_BT)
 
     def layer(x_BTD: jax.Array, slices: Any) -> tuple[jax.Array, Any]:
         weights, bound = slices
-        mask_BTS, angles = choose(bound)
+        angles, attention = at_layer(bound)
 
         def mix(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, jax.Array]:
-            cap, scale = config.attention_softcap, config.score_scale
-            mixed_BTNH = attend(choice, sharding, q, k, v, mask_BTS, cap, scale)
+            mixed_BTNH = attention(q, k, v)
             return mixed_BTNH, square(jnp.linalg.norm(mixed_BTNH.astype(jnp.float32), axis=-1))
 
         y_BTD, heads_N = block(config, sharding, weights, x_BTD, angles, mix)

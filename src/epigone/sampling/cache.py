@@ -16,10 +16,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 
-from epigone.models.attention import MASKED, causal_mask, choose_attention
-from epigone.models.attention import attend as full_attention
+from epigone.models.attention import MASKED
 from epigone.models.config import DecoderConfig
-from epigone.models.decoder import Decoder, Weights, arrays, block, by_layer, never_predicted
+from epigone.models.decoder import Decoder, Weights, arrays, block, never_predicted
 from epigone.models.layers import soft_cap
 from epigone.models.projections import on_grid
 from epigone.models.sharding import Sharding, in_mesh, out, placed
@@ -60,18 +59,14 @@ def read_all(
 ) -> tuple[jax.Array, jax.Array]:
     """Keys and values [L, B, T, K, H] of whole rows, as in the forward pass."""
     config, sharding = model.config, model.sharding
-    choice = choose_attention(config.sizes.H, config.dtype, config.attention_softcap)
-    mask_BTS, bound_BTS = (causal_mask(segments_BT, window) for window in (None, config.window))
-    angles, bound_angles = model.angles(positions_BT)
-    bound, choose = by_layer(config, (mask_BTS, angles), (bound_BTS, bound_angles))
+    bound, at_layer = model.by_layer(positions_BT, segments_BT)
 
     def layer(x_BTD: jax.Array, slices: tuple[Weights, jax.Array | None]) -> tuple[jax.Array, Ring]:
         weights, bound = slices
-        mask_BTS, angles = choose(bound)
+        angles, attention = at_layer(bound)
 
         def mix(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, Ring]:
-            cap, scale = config.attention_softcap, config.score_scale
-            return full_attention(choice, sharding, q, k, v, mask_BTS, cap, scale), (k, v)
+            return attention(q, k, v), (k, v)
 
         return block(config, sharding, weights, x_BTD, angles, mix)
 

@@ -1,29 +1,11 @@
-"""How much of its device a training uses: the peaks of devices, and speed from one point of the curve to the next."""
+"""How much of its device a training uses: speed from one point of the curve to the next, beside the peak."""
 
 import time
 from dataclasses import dataclass, field
 
 import jax
 
-PEAK_FLOPS = {
-    # TPUs, one device a chip: cloud.google.com/tpu/docs, a page a version ("peak compute per chip, bf16").
-    "TPU v4": 275e12,
-    "TPU v5 lite": 197e12,  # v5e
-    "TPU v5": 459e12,  # v5p
-    "TPU v6 lite": 918e12,  # v6e
-    # NVIDIA's data sheets of the A100, H100, H200 and of the DGX B200; those that they give with sparsity, halved.
-    "NVIDIA A100-SXM4-40GB": 312e12,
-    "NVIDIA A100-SXM4-80GB": 312e12,
-    "NVIDIA A100-PCIE-40GB": 312e12,
-    "NVIDIA A100 80GB PCIe": 312e12,
-    "NVIDIA H100 80GB HBM3": 989.4e12,  # SXM
-    "NVIDIA H100 PCIe": 756e12,
-    "NVIDIA H100 NVL": 835e12,
-    "NVIDIA H200": 989.4e12,  # SXM
-    "NVIDIA H200 NVL": 835e12,
-    "NVIDIA B200": 2250e12,
-}
-"""Dense bfloat16 FLOP/s of one device, by what JAX calls it (`jax.Device.device_kind`). Others are not guessed."""
+from epigone.devices import PEAK_FLOPS
 
 
 def peak_flops(mesh: jax.sharding.Mesh) -> float | None:
