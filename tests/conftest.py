@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from object_stores import folder, s3_folder, stores  # noqa: F401
 
 CACHE = Path(__file__).resolve().parent.parent / ".cache" / "jax"
 os.environ.setdefault("JAX_PLATFORMS", "cpu")

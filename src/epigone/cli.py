@@ -11,14 +11,28 @@ import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from pathlib import Path, PurePath
+from typing import Annotated, Any
 
 import tyro
+from tyro.constructors import PrimitiveConstructorSpec
 
 from epigone import __version__, runtime
 from epigone.errors import Fault, Stopped, UserError
 from epigone.lineage import did_you_mean
+from epigone.storage.places import explained, reached
+
+Place = Annotated[
+    Path,
+    PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="PATH",
+        instance_from_str=lambda given: reached(given[0]),
+        is_instance=lambda value: isinstance(value, PurePath),
+        str_from_instance=lambda value: [str(value)],
+    ),
+]
+"""An argument that is a folder on a disk, or gs://BUCKET/FOLDER or s3://BUCKET/FOLDER."""
 
 
 @dataclass(frozen=True)
@@ -29,7 +43,7 @@ class Report:
         run: the run directory.
     """
 
-    run: tyro.conf.Positional[Path]
+    run: tyro.conf.Positional[Place]
 
 
 def _run(arguments: list[str]) -> None:
@@ -112,7 +126,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except OSError as error:
-        return _say(_of_the_system(error), 1)
+        return _say(explained(error) or _of_the_system(error), 1)
+    except Exception as error:
+        if (line := explained(error)) is None:
+            raise
+        return _say(line, 1)
     return 0
 
 

@@ -2,10 +2,8 @@
 
 import contextlib
 import datetime
-import os
 import platform
 import resource
-import shutil
 import subprocess
 import time
 from functools import cache, partial
@@ -25,6 +23,8 @@ from epigone.models.ngram import NGram, NGramModel
 from epigone.pretrained import import_weights
 from epigone.processes import first_then_all, is_first, wait
 from epigone.starting import check_quantization, check_start, starting_weights
+from epigone.storage.folders import is_whole, writing
+from epigone.storage.places import relative, remove
 from epigone.store import Store, kind
 from epigone.teaching import check_teacher, teacher_of
 from epigone.training.config import Hardware
@@ -69,7 +69,7 @@ def grow(
             if is_first():
                 record = measured(node, record, materials, view)
                 store.write_record(node, record)
-                shutil.rmtree(store.directory(node) / "training" / "checkpoints", ignore_errors=True)
+                remove(store.directory(node) / "training" / "checkpoints")
             wait(f"{node.key} is done")
             view.finish(node, record)
     return [node.key for node in nodes]
@@ -126,7 +126,7 @@ def _grow_node(node: Node, materials: Materials, hardware: Hardware, view: View)
     started = time.monotonic()
     store = materials.store
     texts = dict.fromkeys(source for source in node.lesson.text if isinstance(source, Written))
-    unwritten = [source for source in texts if not store.written(source).exists()]
+    unwritten = [source for source in texts if not is_whole(store.written(source))]
     if node.lesson.source:
         view.stage("import")
         learned = import_weights(node, materials, hardware)
@@ -151,7 +151,7 @@ def _grow_node(node: Node, materials: Materials, hardware: Hardware, view: View)
         **_circumstances(),
     }
     if node.lesson.source:
-        record["weights"] = os.path.relpath(store.weights(node), store.run)
+        record["weights"] = relative(store.weights(node), store.run)
     if is_first():
         store.write_record(node, record)
     return record
@@ -180,8 +180,9 @@ def _count(node: Node, materials: Materials, _hardware: Hardware, view: View) ->
     model = NGramModel.fit(node.model, documents, materials.tokenizer(node.tokenizer).size, held_out)
     directory = materials.store.weights(node)
     if is_first():
-        directory.mkdir(parents=True, exist_ok=True)
-        model.save(directory / "ngram.safetensors")
+        with writing(directory) as local:
+            local.mkdir(parents=True, exist_ok=True)
+            model.save(local / "ngram.safetensors")
     materials.keep(node, model)
     return {"parameters": model.parameter_count, "tokens": count_tokens(documents), "scale": model.scale}
 

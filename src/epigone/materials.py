@@ -14,6 +14,7 @@ from epigone.identity import canonical, fingerprint
 from epigone.lineage import Node, Text, TrainedTokenizer, Written
 from epigone.models.language_model import MAX_LENGTH, Document, LanguageModel
 from epigone.models.ngram import NGram, NGramModel
+from epigone.storage.folders import fetched, is_whole
 from epigone.store import Store
 from epigone.writing import check_sizes, is_chosen, prompts_of, write_chosen, writing_flops
 
@@ -47,7 +48,6 @@ class Materials:
         if name not in self._tokenizers:
             path = self.store.tokenizer(config)
             if not path.exists():
-                path.parent.mkdir(parents=True, exist_ok=True)
                 self._built(config).save(path)
             self._tokenizers[name] = Tokenizer.load(path)
         return self._tokenizers[name]
@@ -100,7 +100,7 @@ class Materials:
 
     def _written(self, source: Written, tokenizer: Tokenizer) -> list[Document]:
         directory = self.store.written(source)
-        if not directory.exists():
+        if not is_whole(directory):
             documents, writer = self._write(source, directory)
             if writer.identity == tokenizer.identity:
                 return documents
@@ -171,7 +171,7 @@ class Materials:
                     f"'{writer.key}' writes and its judge '{judge.key}' reads another tokenizer, '{ours.name}' and "
                     f"'{theirs.name}': take a judge with the writer's tokenizer"
                 )
-        if not self.store.written(source).exists():
+        if not is_whole(self.store.written(source)):
             self.prompts(source)
 
     def filled(self, node: Node) -> Any:
@@ -196,7 +196,7 @@ class Materials:
 def load_model(config: Any, directory: Path, tokenizer: Tokenizer) -> LanguageModel:
     """A finished model from its directory: counts or weights. JAX is imported only for weights."""
     if isinstance(config, NGram):
-        return NGramModel.load(directory / "ngram.safetensors")
+        return NGramModel.load(fetched(directory) / "ngram.safetensors")
     from epigone.models import decoder
     from epigone.sampling.decode import DecoderLanguageModel
     from epigone.training import checkpoint

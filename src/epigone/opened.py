@@ -13,6 +13,7 @@ from epigone.identity import fingerprint, restore
 from epigone.lineage import Node, did_you_mean
 from epigone.materials import load_model
 from epigone.models.language_model import LanguageModel
+from epigone.storage.places import reached, resolve
 from epigone.store import open_run
 from epigone.training.config import Hardware
 
@@ -36,7 +37,7 @@ class OpenedNode:
     @property
     def weights(self) -> Path:
         """Where its model lies: in its directory, or beside the data sets when it was imported."""
-        return self.run / self.record["weights"] if "weights" in self.record else self.directory / "model"
+        return resolve(self.run, self.record["weights"]) if "weights" in self.record else self.directory / "model"
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
@@ -73,7 +74,7 @@ def open_node(reference: str, run: Path | None = None) -> OpenedNode:
         Fault: its record is damaged.
     """
     head, slash, key = reference.rpartition("/")
-    run = run or (Path(head or "/") if slash else _run_with(key))
+    run = run or (reached(head or "/") if slash else _run_with(key))
     nodes = {node["key"]: node["identity"] for node in open_run(run)["nodes"]}
     key = _key(key, list(nodes)) or key
     if key not in nodes:

@@ -8,6 +8,7 @@ from typing import Any
 from epigone.lineage import Lineage, Node, Text, TrainedTokenizer
 from epigone.materials import Materials, TokenizerConfig, longest
 from epigone.models.ngram import NGram
+from epigone.storage.folders import is_whole
 from epigone.store import Store, kind
 from epigone.writing import drawn_tokens, writing_flops
 
@@ -59,7 +60,7 @@ def _writing(node: Node, materials: Materials, there: set[Path]) -> int:
     """What the texts of a lesson take that nobody has written yet; afterwards they are among those that are there."""
     flops, lineage = 0, materials.store.lineage
     for source in node.lesson.text:
-        if isinstance(source, Text) or (place := materials.store.written(source)) in there or place.exists():
+        if isinstance(source, Text) or (place := materials.store.written(source)) in there or is_whole(place):
             continue
         there.add(place)
         nodes = [lineage[key] for key in (source.by, source.judged_by) if key]

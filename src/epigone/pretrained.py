@@ -13,6 +13,7 @@ from epigone.identity import restore
 from epigone.lineage import Lesson, Node, Pretrained
 from epigone.materials import Materials, fill
 from epigone.processes import is_first, wait
+from epigone.storage.places import place
 from epigone.store import open_run, write_json
 
 
@@ -31,7 +32,7 @@ def pretrained(path: Path | str, name: str, *, bos: str | None = None, dtype: st
     Raises:
         UserError: no such file, or one that holds what no decoder of Epigone can represent.
     """
-    path = Path(path).expanduser()
+    path = place(str(path)).expanduser()
     if (path / "lineage.json").is_file():
         return replace(_imported(path), name=name, labels=labels)
     from epigone.interchange.huggingface import read_config

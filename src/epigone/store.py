@@ -6,12 +6,13 @@ import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from epigone import __version__
 from epigone.errors import Fault, UserError
 from epigone.identity import canonical, fingerprint
 from epigone.lineage import Lineage, Node, Written, did_you_mean
+from epigone.storage.places import on_store, write_whole
 
 
 class Store:
@@ -126,11 +127,11 @@ class Store:
                 stack.enter_context(_locked(self.directory(node) / "lock", fcntl.LOCK_EX))
             yield
 
-    def share(self) -> contextlib.AbstractContextManager[TextIO]:
+    def share(self) -> contextlib.AbstractContextManager[None]:
         """Keep out whoever would grow the whole run, and nobody else."""
         return _locked(self.run / "lock", fcntl.LOCK_SH)
 
-    def lock_weights(self, node: Node) -> contextlib.AbstractContextManager[TextIO]:
+    def lock_weights(self, node: Node) -> contextlib.AbstractContextManager[None]:
         """Wait until no other run imports these weights, and keep others out."""
         return _locked(self.weights(node).parent / "lock", fcntl.LOCK_EX, patient=True)
 
@@ -142,16 +143,7 @@ def kind(node: Node) -> str:
 
 def write_json(path: Path, value: Any) -> None:
     """Write JSON so that a reader, or a run killed at any moment, sees the old file or the new one, never a part."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(f".{os.getpid()}.tmp")
-    try:
-        with temporary.open("w") as file:
-            json.dump(_finite(value), file, indent=1, allow_nan=False)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_whole(path, json.dumps(_finite(value), indent=1, allow_nan=False).encode())
 
 
 def _finite(value: Any) -> Any:
@@ -166,8 +158,17 @@ def _finite(value: Any) -> Any:
 
 
 @contextlib.contextmanager
-def _locked(path: Path, mode: int, patient: bool = False) -> Iterator[TextIO]:
-    """Hold an advisory lock on a file, which the system takes back when the process ends, however it ends."""
+def _locked(path: Path, mode: int, patient: bool = False) -> Iterator[None]:
+    """Hold an advisory lock on a file, which the system takes back when the process ends, however it ends.
+
+    In a bucket a claim takes its place, which is void a minute after the process ended without giving it up.
+    """
+    if on_store(path):
+        from epigone.storage.claims import held
+
+        with held(path, shared=mode == fcntl.LOCK_SH, patient=patient):
+            yield
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a+") as file:
         try:
@@ -181,7 +182,7 @@ def _locked(path: Path, mode: int, patient: bool = False) -> Iterator[TextIO]:
             file.write(str(os.getpid()))
             file.flush()
         try:
-            yield file
+            yield
         finally:
             if mode == fcntl.LOCK_EX:
                 file.truncate(0)
@@ -191,7 +192,7 @@ def open_run(run: Path) -> dict[str, Any]:
     """The description of a grown lineage, as `write_lineage` left it."""
     path = run / "lineage.json"
     if not path.exists():
-        others = [p.parent.name for p in run.parent.glob("*/lineage.json")]
+        others = [] if on_store(run) else [p.parent.name for p in run.parent.glob("*/lineage.json")]
         raise UserError(f"no run in {run}{did_you_mean(run.name, others)}; grow one with 'epigone run CONFIG'")
     try:
         described = json.loads(path.read_text())

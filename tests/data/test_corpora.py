@@ -6,9 +6,11 @@ import pytest
 import tensorflow_datasets as tfds
 from hypothesis import given
 from hypothesis import strategies as st
+from object_stores import trouble
 
 from epigone.data.corpora import Documents, TextFiles, Tfds, slice_documents
 from epigone.errors import Fault, UserError
+from epigone.storage.places import entries
 
 TEXTS = [f"This is document number {index}.\nIt has two lines, é." for index in range(400)]
 
@@ -287,3 +289,21 @@ def test_a_name_of_the_catalogue_is_read_from_mocked_data(tmp_path, monkeypatch)
     assert all(isinstance(text, str) for text in splits["train"])
     assert splits["train"].card["name"].startswith("tfds:lm1b")
     assert splits["train"].card["documents"] == 7
+
+
+def test_data_sets_in_a_bucket_are_prepared_once_and_fetched(s3_folder, tmp_path, monkeypatch):
+    (tmp_path / "a.txt").write_text("\n\n".join(f"text number {i}" for i in range(40)))
+    for host in ("one", "two"):
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / host))
+        splits = TINY.prepare(s3_folder)
+        assert list(splits["train"]) == list(TINY.prepare(tmp_path / "disk")["train"])
+        files = TextFiles(str(tmp_path / "a.txt"))
+        found = {split: list(texts) for split, texts in files.prepare(s3_folder).items()}
+        assert found == {split: list(texts) for split, texts in files.prepare(tmp_path / "disk").items()}
+        with trouble() as met:
+            TINY.prepare(s3_folder)
+            files.prepare(s3_folder)
+        assert not [request for request in met.requests if request.startswith("PUT")]
+    manifests = [name for name in entries(s3_folder) if name.endswith("manifest.json")]
+    assert len(manifests) == 2
+    assert not [name for name in entries(s3_folder) if "downloads" in name]

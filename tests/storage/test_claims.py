@@ -8,7 +8,7 @@ import threading
 import time
 
 import pytest
-from object_stores import folder, s3_folder, stores, trouble  # noqa: F401
+from object_stores import trouble
 
 from epigone.errors import UserError
 from epigone.storage import claims
@@ -27,7 +27,7 @@ def elsewhere(path, process=1):
     write_whole(path, json.dumps({"host": "far away", "process": process, "claim": "x", "beat": 1}).encode())
 
 
-def test_one_at_a_time_and_free_afterwards(folder):  # noqa: F811
+def test_one_at_a_time_and_free_afterwards(folder):
     for _ in range(2):
         with held(folder / "lock"):
             assert list(entries(folder)) == ["lock"]
@@ -40,7 +40,7 @@ def test_one_at_a_time_and_free_afterwards(folder):  # noqa: F811
     assert entries(folder) == {}
 
 
-def test_many_at_once_one_wins(folder):  # noqa: F811
+def test_many_at_once_one_wins(folder):
     found = [Claim(folder / "lock") for _ in range(8)]
     won = []
     threads = [threading.Thread(target=lambda claim=claim: won.append(claim.take())) for claim in found]
@@ -54,7 +54,7 @@ def test_many_at_once_one_wins(folder):  # noqa: F811
             claim.give_up()
 
 
-def test_who_shares_keeps_out_who_would_be_alone_and_nobody_else(folder):  # noqa: F811
+def test_who_shares_keeps_out_who_would_be_alone_and_nobody_else(folder):
     with held(folder / "lock", shared=True), held(folder / "lock", shared=True):
         assert len(entries(folder)) == 2
         with (
@@ -76,7 +76,7 @@ def test_who_shares_keeps_out_who_would_be_alone_and_nobody_else(folder):  # noq
 
 @pytest.mark.filterwarnings("ignore:.*is claimed by")
 @pytest.mark.parametrize("shared", [False, True])
-def test_a_holder_that_died_elsewhere_is_watched_and_then_succeeded(folder, shared):  # noqa: F811
+def test_a_holder_that_died_elsewhere_is_watched_and_then_succeeded(folder, shared):
     elsewhere(folder / "lock.shared" / "y" if shared else folder / "lock")
     began = time.monotonic()
     with held(folder / "lock"):
@@ -85,7 +85,7 @@ def test_a_holder_that_died_elsewhere_is_watched_and_then_succeeded(folder, shar
 
 
 @pytest.mark.filterwarnings("ignore:.*is claimed by")
-def test_a_holder_that_is_alive_is_never_succeeded(folder):  # noqa: F811
+def test_a_holder_that_is_alive_is_never_succeeded(folder):
     with held(folder / "lock"):
         claim = Claim(folder / "lock")
         ends = time.monotonic() + 1.5
@@ -95,7 +95,7 @@ def test_a_holder_that_is_alive_is_never_succeeded(folder):  # noqa: F811
         assert claim.lives
 
 
-def test_a_holder_on_this_host_that_was_killed_is_succeeded_at_once(folder, stores):  # noqa: F811
+def test_a_holder_on_this_host_that_was_killed_is_succeeded_at_once(folder, stores):
     code = (
         "import sys, os; from epigone.storage.claims import Claim; from epigone.storage.places import place;"
         "assert Claim(place(sys.argv[1])).take(); os.kill(os.getpid(), 9)"
@@ -108,14 +108,14 @@ def test_a_holder_on_this_host_that_was_killed_is_succeeded_at_once(folder, stor
         pass
 
 
-def test_a_container_that_was_started_again_succeeds_itself(folder):  # noqa: F811
+def test_a_container_that_was_started_again_succeeds_itself(folder):
     write_whole(folder / "lock", json.dumps({"host": claims._host(), "process": os.getpid(), "claim": "old"}).encode())
     claims.LIFE = 1000.0
     with held(folder / "lock"):
         pass
 
 
-def test_a_holder_that_was_succeeded_is_told_and_deletes_nothing(folder):  # noqa: F811
+def test_a_holder_that_was_succeeded_is_told_and_deletes_nothing(folder):
     lost = []
     claim = Claim(folder / "lock", lost.append)
     assert claim.take()
@@ -129,7 +129,7 @@ def test_a_holder_that_was_succeeded_is_told_and_deletes_nothing(folder):  # noq
 
 
 @pytest.mark.filterwarnings("ignore:.*is claimed by")
-def test_who_is_patient_waits(folder):  # noqa: F811
+def test_who_is_patient_waits(folder):
     order = []
 
     def second():
@@ -145,7 +145,7 @@ def test_who_is_patient_waits(folder):  # noqa: F811
     assert order == ["first", "second"]
 
 
-def test_a_claim_survives_a_store_that_is_busy(folder):  # noqa: F811
+def test_a_claim_survives_a_store_that_is_busy(folder):
     with trouble(failing=0.3) as met:
         claim = Claim(folder / "lock")
         assert claim.take()

@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from object_stores import folder, s3_folder, stores, trouble  # noqa: F401
+from object_stores import trouble
 
 from epigone.errors import Fault
 from epigone.storage import folders
@@ -38,7 +38,7 @@ def test_on_a_disk_a_folder_is_its_own_copy(tmp_path):
     assert fetched(tmp_path / "x") == tmp_path / "x"
 
 
-def test_a_folder_comes_back_as_it_was_and_is_fetched_once(folder, cached):  # noqa: F811
+def test_a_folder_comes_back_as_it_was_and_is_fetched_once(folder, cached):
     with writing(folder) as local:
         fill(local)
         assert not is_whole(folder)
@@ -51,14 +51,14 @@ def test_a_folder_comes_back_as_it_was_and_is_fetched_once(folder, cached):  # n
     assert not any("part-0" in request for request in met.requests)
 
 
-def test_the_same_content_elsewhere_is_the_same_copy(folder):  # noqa: F811
+def test_the_same_content_elsewhere_is_the_same_copy(folder):
     for name in ("a", "b"):
         with writing(folder / name) as local:
             fill(local)
     assert fetched(folder / "a") == fetched(folder / "b")
 
 
-def test_a_writer_that_fails_leaves_nothing_that_counts(folder, cached):  # noqa: F811
+def test_a_writer_that_fails_leaves_nothing_that_counts(folder, cached):
     def fail():
         with writing(folder) as local:
             fill(local)
@@ -72,7 +72,7 @@ def test_a_writer_that_fails_leaves_nothing_that_counts(folder, cached):  # noqa
         fetched(folder)
 
 
-def test_of_two_writers_the_first_counts_and_the_other_leaves_nothing(folder, tmp_path):  # noqa: F811
+def test_of_two_writers_the_first_counts_and_the_other_leaves_nothing(folder, tmp_path):
     fill(tmp_path / "one")
     fill(tmp_path / "two", {"card.json": b"[]"})
     upload(tmp_path / "one", folder)
@@ -82,7 +82,7 @@ def test_of_two_writers_the_first_counts_and_the_other_leaves_nothing(folder, tm
 
 
 @pytest.mark.parametrize("how", ["flipped", "short", "missing", "manifest"])
-def test_damage_is_told_and_leaves_no_copy(s3_folder, cached, how):  # noqa: F811
+def test_damage_is_told_and_leaves_no_copy(s3_folder, cached, how):
     with writing(s3_folder) as local:
         fill(local)
     name = next(name for name in entries(s3_folder) if name.endswith("part-0"))
@@ -97,13 +97,13 @@ def test_damage_is_told_and_leaves_no_copy(s3_folder, cached, how):  # noqa: F81
     assert not cached.exists() or list(cached.iterdir()) == []
 
 
-def test_a_folder_that_cannot_be_uploaded_is_a_fault(folder):  # noqa: F811
+def test_a_folder_that_cannot_be_uploaded_is_a_fault(folder):
     with trouble(failing=1.0, status=403), pytest.raises(Fault, match="no permission"), writing(folder) as local:
         fill(local)
     assert not is_whole(folder)
 
 
-def test_a_single_object_is_fetched_once(folder):  # noqa: F811
+def test_a_single_object_is_fetched_once(folder):
     write_whole(folder / "x.bin", b"abc")
     mark = entries(folder)["x.bin"].mark
     copy = fetched_file(folder / "x.bin", mark)
@@ -113,7 +113,7 @@ def test_a_single_object_is_fetched_once(folder):  # noqa: F811
     assert met.requests == []
 
 
-def test_the_manifest_says_what_is_in_it(folder):  # noqa: F811
+def test_the_manifest_says_what_is_in_it(folder):
     with writing(folder) as local:
         fill(local)
     said = json.loads((folder / "manifest.json").read_text())["files"]

@@ -4,7 +4,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from object_stores import BUCKET, folder, s3_folder, stores, trouble  # noqa: F401
+from object_stores import BUCKET, trouble
 
 from epigone.errors import Fault, UserError
 from epigone.storage import places
@@ -50,7 +50,7 @@ def test_a_package_that_is_not_there_is_told(monkeypatch):
         place("gs://bu/x")
 
 
-def test_what_is_written_is_there_whole_and_can_be_listed_and_removed(folder):  # noqa: F811
+def test_what_is_written_is_there_whole_and_can_be_listed_and_removed(folder):
     path = folder / "nodes" / "a" / "record.json"
     assert not path.exists()
     for content in (b"{}", b"[1]"):
@@ -68,7 +68,7 @@ def test_what_is_written_is_there_whole_and_can_be_listed_and_removed(folder):  
     assert entries(folder / "line") == {}
 
 
-def test_another_content_has_another_mark(folder):  # noqa: F811
+def test_another_content_has_another_mark(folder):
     marks = []
     for content in (b"a", b"b", b"a"):
         write_whole(folder / "x", content)
@@ -76,7 +76,7 @@ def test_another_content_has_another_mark(folder):  # noqa: F811
     assert marks[0] == marks[2] != marks[1]
 
 
-def test_of_two_writers_of_a_new_object_one_wins(folder):  # noqa: F811
+def test_of_two_writers_of_a_new_object_one_wins(folder):
     assert [write_new(folder / "x", content) for content in (b"a", b"b")] == [True, False]
     assert (folder / "x").read_bytes() == b"a"
 
@@ -94,13 +94,13 @@ def test_names_from_one_place_to_another(tmp_path):
 
 
 @pytest.mark.parametrize("scheme", ["s3", "gs"])
-def test_a_bucket_that_is_not_there_is_told(stores, scheme):  # noqa: F811
+def test_a_bucket_that_is_not_there_is_told(stores, scheme):
     with pytest.raises(UserError, match=f"there is no bucket 'absent' in {scheme}://: make it first"):
         reach(place(f"{scheme}://absent/runs/x"))
     reach(place(f"{scheme}://{BUCKET}/runs/x"))
 
 
-def test_a_bucket_that_is_closed_is_told(folder):  # noqa: F811
+def test_a_bucket_that_is_closed_is_told(folder):
     with (
         trouble(failing=1.0, status=403),
         pytest.raises(UserError, match=r"no permission for (s3|gs)://bucket: ask for"),
@@ -108,7 +108,7 @@ def test_a_bucket_that_is_closed_is_told(folder):  # noqa: F811
         reach(folder)
 
 
-def test_a_write_that_is_refused_is_a_fault(folder):  # noqa: F811
+def test_a_write_that_is_refused_is_a_fault(folder):
     with trouble(failing=1.0, status=403), pytest.raises(Fault, match="no permission"), places.failing(folder):
         write_whole(folder / "x", b"x")
 
@@ -126,7 +126,7 @@ def test_missing_credentials_and_networks_are_told():
     assert places.explained(KeyError("x")) is None
 
 
-def test_a_store_that_is_slow_and_busy_is_asked_again(folder):  # noqa: F811
+def test_a_store_that_is_slow_and_busy_is_asked_again(folder):
     with trouble(latency=0.002, failing=0.08) as met:
         for number in range(6):
             write_whole(folder / f"{number}", b"%d" % number)

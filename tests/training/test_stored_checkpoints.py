@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
-from object_stores import folder, s3_folder, stores, trouble  # noqa: F401
+from object_stores import trouble
 from training_toy import MODEL
 
 from epigone.errors import Fault, UserError
@@ -46,7 +46,7 @@ def object_of(directory, ending):
     return next(directory / name for name in entries(directory) if name.endswith(ending))
 
 
-def test_arrays_of_every_kind_go_from_one_mesh_to_another(s3_folder):  # noqa: F811
+def test_arrays_of_every_kind_go_from_one_mesh_to_another(s3_folder):
     mesh, other = make_mesh(2, 2, 2), make_mesh(1, 8, 1)
     kinds = [jnp.float32, jnp.bfloat16, jnp.int32, jnp.uint8, jnp.bool_]
     arrays = {
@@ -75,7 +75,7 @@ def test_a_large_shard_is_several_objects():
     assert stored_arrays.chunk_shape((), 4, most=2) == ()
 
 
-def test_large_arrays_are_cut_and_read_in_turns(s3_folder, monkeypatch):  # noqa: F811
+def test_large_arrays_are_cut_and_read_in_turns(s3_folder, monkeypatch):
     monkeypatch.setattr(stored_arrays, "CHUNK_BYTES", 64)
     monkeypatch.setattr(stored_arrays.chunk_shape, "__defaults__", (64,))
     monkeypatch.setattr(stored_arrays, "READ_BYTES", 100)
@@ -85,7 +85,7 @@ def test_large_arrays_are_cut_and_read_in_turns(s3_folder, monkeypatch):  # noqa
     assert equal(stored_arrays.read(s3_folder / "arrays", arrays), arrays)
 
 
-def test_parameters_come_back_to_the_bit_on_any_mesh(folder):  # noqa: F811
+def test_parameters_come_back_to_the_bit_on_any_mesh(folder):
     params = decoder.init(MODEL, 3)
     save_params(folder / "model", params)
     assert equal(load_params(folder / "model", decoder.abstract(MODEL)), params)
@@ -95,7 +95,7 @@ def test_parameters_come_back_to_the_bit_on_any_mesh(folder):  # noqa: F811
     assert len({leaf.sharding.spec for leaf in jax.tree.leaves(back)}) > 1
 
 
-def test_saving_again_replaces_in_one_step(s3_folder, monkeypatch):  # noqa: F811
+def test_saving_again_replaces_in_one_step(s3_folder, monkeypatch):
     save_params(s3_folder, state(1))
     with monkeypatch.context() as patched:
         patched.setattr("epigone.training.sealed_in_bucket.write_whole", None)
@@ -107,7 +107,7 @@ def test_saving_again_replaces_in_one_step(s3_folder, monkeypatch):  # noqa: F81
     assert len({name.partition("/")[0] for name in entries(s3_folder)}) == 2, "only one part is left"
 
 
-def test_missing_and_foreign_parameters_are_told(s3_folder):  # noqa: F811
+def test_missing_and_foreign_parameters_are_told(s3_folder):
     with pytest.raises(Fault, match="no parameters in s3://"):
         load_params(s3_folder, state(1))
     save_params(s3_folder, state(1))
@@ -115,7 +115,7 @@ def test_missing_and_foreign_parameters_are_told(s3_folder):  # noqa: F811
         load_params(s3_folder, {"step": jnp.int32(0), "params": {"a_DF": jnp.zeros((16, 8))}})
 
 
-def test_the_last_two_are_kept_and_the_newest_is_used(folder):  # noqa: F811
+def test_the_last_two_are_kept_and_the_newest_is_used(folder):
     with_steps(folder, 3, 7, 11)
     assert {name.partition("/")[0] for name in entries(folder)} == {"step_00000007", "step_00000011"}
     restored, about = restore(folder)
@@ -126,7 +126,7 @@ def test_the_last_two_are_kept_and_the_newest_is_used(folder):  # noqa: F811
     assert restore(folder / "absent") is None
 
 
-def test_what_is_saved_is_not_touched_by_a_step_that_reuses_the_memory(s3_folder):  # noqa: F811
+def test_what_is_saved_is_not_touched_by_a_step_that_reuses_the_memory(s3_folder):
     advance = jax.jit(lambda tree: jax.tree.map(lambda x: x + 1, tree), donate_argnums=0)
     current = state(1)
     with trouble(latency=0.02):
@@ -158,7 +158,7 @@ def harm(step, how):
 
 
 @pytest.mark.parametrize("how", ["flipped", "short", "missing", "manifest", "unseen"])
-def test_a_damaged_checkpoint_gives_way_to_the_one_before(s3_folder, how):  # noqa: F811
+def test_a_damaged_checkpoint_gives_way_to_the_one_before(s3_folder, how):
     with_steps(s3_folder, 3, 7)
     harm(s3_folder / "step_00000007", how)
     with pytest.warns(UserWarning, match=r"step_00000007 is damaged .*using .*step_00000003"):
@@ -169,28 +169,28 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(s3_folder, how):  # no
 
 
 @pytest.mark.parametrize("how", ["flipped", "unseen"])
-def test_damaged_parameters_are_a_fault(s3_folder, how):  # noqa: F811
+def test_damaged_parameters_are_a_fault(s3_folder, how):
     save_params(s3_folder, state(1))
     harm(s3_folder, how)
     with pytest.raises(Fault, match=r"are damaged \(.*\): delete that directory and grow the node again"):
         load_params(s3_folder, state(1))
 
 
-def test_damage_that_only_a_reader_sees_has_a_name(s3_folder):  # noqa: F811
+def test_damage_that_only_a_reader_sees_has_a_name(s3_folder):
     stored_arrays.start_writing(s3_folder, state(1)["params"])()
     write_whole(object_of(s3_folder, "b_D/c/0"), b"\0" * 68)
     with pytest.raises(Damaged, match="Digest mismatch"):
         stored_arrays.read(s3_folder, state(1)["params"])
 
 
-def test_what_a_killed_writer_left_is_no_checkpoint_and_is_removed(s3_folder):  # noqa: F811
+def test_what_a_killed_writer_left_is_no_checkpoint_and_is_removed(s3_folder):
     with_steps(s3_folder, 3)
     stored_arrays.start_writing(s3_folder / "step_00000007" / "0000abcd" / "arrays", {"b_D": jnp.zeros(16)})()
     assert restore(s3_folder)[1] == {"seen": 3}
     assert {name.partition("/")[0] for name in entries(s3_folder)} == {"step_00000003"}
 
 
-def test_nothing_is_read_to_seal_or_to_find_what_is_whole(s3_folder):  # noqa: F811
+def test_nothing_is_read_to_seal_or_to_find_what_is_whole(s3_folder):
     with trouble() as met:
         with_steps(s3_folder, 3)
         assert not [request for request in met.requests if request.startswith("GET") and "/c" in request]
@@ -200,7 +200,7 @@ def test_nothing_is_read_to_seal_or_to_find_what_is_whole(s3_folder):  # noqa: F
     assert len(read) == len(set(read)) == 3, "each array once"
 
 
-def test_a_store_that_refuses_is_one_line_and_harms_nothing(s3_folder):  # noqa: F811
+def test_a_store_that_refuses_is_one_line_and_harms_nothing(s3_folder):
     with_steps(s3_folder, 3)
     checkpoints = Checkpointer(s3_folder, IDENTITY)
     with trouble(failing=1.0, status=403, matching="PUT"):
@@ -210,7 +210,7 @@ def test_a_store_that_refuses_is_one_line_and_harms_nothing(s3_folder):  # noqa:
     assert restore(s3_folder)[1] == {"seen": 3}
 
 
-def test_a_busy_store_is_asked_again(folder):  # noqa: F811
+def test_a_busy_store_is_asked_again(folder):
     with trouble(latency=0.005, failing=0.3, matching="arrays") as met:
         with_steps(folder, 3)
         assert equal(restore(folder)[0], state(3))

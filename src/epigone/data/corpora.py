@@ -6,6 +6,7 @@ import difflib
 import json
 import os
 import re
+import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -17,6 +18,8 @@ import numpy as np
 from epigone.data import embedded, files
 from epigone.data.datasets import CARD, Documents, describe, open_splits, read_text, write_splits, write_text
 from epigone.errors import Fault, UserError
+from epigone.storage.folders import fetched, is_whole, writing
+from epigone.storage.places import on_store
 
 __all__ = ["Documents", "Embedded", "TextFiles", "Tfds", "read_text", "slice_documents", "slice_indices", "write_text"]
 
@@ -140,7 +143,7 @@ class Tfds:
 
         Raises UserError for an unknown name, split or field, Fault if TFDS cannot prepare the data set here.
         """
-        builder = self._builder(data_dir / "tfds")
+        builder = self._builder(self._on_this_disk(data_dir / "tfds"))
         if self.text_field not in builder.info.features:
             known = ", ".join(builder.info.features)
             raise UserError(f"'{self.name}' has no feature '{self.text_field}'; it has {known}")
@@ -148,6 +151,17 @@ class Tfds:
         if feature.shape != () or feature.np_dtype not in (object, str, bytes):
             raise UserError(f"feature '{self.text_field}' of '{self.name}' is not text: {type(feature).__name__}")
         return {split: self._open(builder, split) for split in self.splits}
+
+    def _on_this_disk(self, data_dir: Path) -> Path:
+        """Where TFDS prepares and reads; what lies in a bucket is prepared once for all, and fetched."""
+        if not on_store(data_dir):
+            return data_dir
+        folder = data_dir / re.sub(r"[^\w.-]+", "-", self.name.removeprefix("tfds:"))
+        if not is_whole(folder):
+            with writing(folder) as local:
+                self._builder(local)
+                shutil.rmtree(local / "downloads", ignore_errors=True)
+        return fetched(folder)
 
     def _expression(self, split: str) -> str:
         return {"train": self.train_split, "validation": self.validation_split, "test": self.test_split}[split]
@@ -233,7 +247,7 @@ def _prepared(
     splits: Sequence[str] = SPLITS,
 ) -> dict[str, Documents]:
     """Write the splits if they are not there, and open them."""
-    if not directory.exists():
+    if not is_whole(directory):
         write_splits(directory, {split: partial(documents, split) for split in splits}, card)
     return open_splits(directory)
 

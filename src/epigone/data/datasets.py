@@ -15,6 +15,7 @@ from typing import Any, overload
 import numpy as np
 
 from epigone.errors import Fault, UserError
+from epigone.storage.folders import fetched, writing
 
 CARD = "card.json"
 _BLOCK = 4096
@@ -106,6 +107,16 @@ def write_splits(
     A killed call leaves only a hidden partial folder, which the next one on the same machine removes. Of two calls at
     once the first to finish wins. Raises UserError if a split has no document, Fault if the disk is full.
     """
+    with writing(directory) as local:
+        _write_splits(local, splits, card, tokens)
+
+
+def _write_splits(
+    directory: Path,
+    splits: Mapping[str, Callable[[], Iterable[str]]],
+    card: Mapping[str, Any],
+    tokens: Sequence[np.ndarray] | None,
+) -> None:
     partial = directory.parent / f".{directory.name}.{socket.gethostname()}-{os.getpid()}.partial"
     counted = {split: _Counted(split, texts, card) for split, texts in splits.items()}
     try:
@@ -125,9 +136,13 @@ def write_splits(
 
 
 def open_splits(directory: Path) -> dict[str, Documents]:
-    """Open what `write_splits` wrote. Raises Fault if it is missing or damaged (a file of another size, a bad card)."""
+    """Open what `write_splits` wrote; of what lies in a bucket a copy on this disk.
+
+    Raises Fault if it is missing or damaged (a file of another size, a bad card).
+    """
     import tensorflow_datasets as tfds
 
+    directory = fetched(directory)
     try:
         stored = json.loads((directory / CARD).read_text(encoding="utf-8"))
         expected, cards = stored["files"], stored["splits"]

@@ -1,10 +1,8 @@
 """Text to token ids and back. Special ids of Epigone's own tokenizers are 0 pad, 1 bos, 2 eos, 3 unk."""
 
-import contextlib
 import functools
 import hashlib
 import json
-import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -29,6 +27,7 @@ from epigone.data.vocabularies import (
 )
 from epigone.errors import Fault, UserError
 from epigone.models.language_model import Specials
+from epigone.storage.places import write_whole
 
 if TYPE_CHECKING:
     import tokenizers
@@ -238,15 +237,10 @@ class Tokenizer:
 
         A tokenizer with conventions is an object of both.
         """
-        partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            partial.write_text(self._json, encoding="utf-8")
-            partial.replace(path)
+            write_whole(path, self._json.encode())
         except OSError as error:
-            with contextlib.suppress(OSError):
-                partial.unlink(missing_ok=True)
-            raise Fault(f"cannot write tokenizer {path}: {error.strerror}") from error
+            raise Fault(f"cannot write tokenizer {path}: {error.strerror or error}") from error
 
     @classmethod
     def load(cls, path: Path) -> "Tokenizer":

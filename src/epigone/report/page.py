@@ -1,6 +1,5 @@
 """The report of a run: one page that opens from disk, the same numbers as JSON and CSV, and the plots as PNG files."""
 
-import os
 from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
@@ -13,6 +12,7 @@ from epigone.report.plots import draw_all
 from epigone.report.records import Run, load_run
 from epigone.report.summaries import Comparison, Series, comparisons, generation_series
 from epigone.report.tables import results_csv, results_json
+from epigone.storage.places import write_whole
 
 HERE = Path(__file__).parent
 
@@ -76,9 +76,4 @@ def render(run: Run, series: list[Series], compared: list[Comparison], figures: 
 
 def _replace(path: Path, text: str) -> None:
     """Write a file whole or not at all: a reader never sees half a page."""
-    temporary = path.with_suffix(f".{os.getpid()}.tmp")
-    try:
-        temporary.write_text(text, encoding="utf-8", errors="replace")
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_whole(path, text.encode("utf-8", errors="replace"))

@@ -11,6 +11,7 @@ from epigone.report.formats import real
 from epigone.report.records import Run, finite
 from epigone.report.style import INK, MUTED, colour, fit_scale, grid, house_style, marker, save, stroke, whole_numbers
 from epigone.report.summaries import Comparison, Series, Spread
+from epigone.storage.places import on_store
 
 # Metrics of coherence and diversity in the order in which they are drawn; others are in the table only.
 DIVERSITY = {
@@ -31,7 +32,8 @@ DIVERSITY = {
 
 def draw_all(run: Run, series: list[Series], compared: list[Comparison], directory: Path) -> dict[str, str]:
     """Every figure that the records allow: writes directory/NAME.png, returns {NAME: inline SVG}."""
-    directory.mkdir(parents=True, exist_ok=True)
+    if not on_store(directory):
+        directory.mkdir(parents=True, exist_ok=True)
     grouped = families(series).values()
     with house_style():
         figures = {

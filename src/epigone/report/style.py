@@ -16,6 +16,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
 
+from epigone.storage.places import write_whole
+
 INK, MUTED, LINE = "#1c2127", "#66707b", "#dfe3e8"
 
 # Okabe & Ito's palette, safe for colour-blind readers; its yellow is too pale on white and left out.
@@ -84,7 +86,7 @@ def fit_scale(axes: Axes, values: list[float], ratio: float = 3.0) -> None:
 def save(figure: Figure, name: str, directory: Path, label: str) -> str:
     """Write `directory/name.png`; return the figure as an inline SVG element with the accessible name `label`."""
     figure.savefig(_buffer := BytesIO(), format="png", dpi=130, facecolor="white")
-    (directory / f"{name}.png").write_bytes(_buffer.getvalue())
+    write_whole(directory / f"{name}.png", _buffer.getvalue())
     text = StringIO()
     figure.savefig(text, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     return _themed(text.getvalue(), name, label)

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from epigone.errors import UserError
-from epigone.storage.places import entries, key_value_store
+from epigone.storage.places import entries, failing, key_value_store
 
 BEAT = 10.0
 """Seconds between two writes of a claim that is held."""
@@ -121,8 +121,9 @@ def held(path: Path, shared: bool = False, patient: bool = False) -> Iterator[No
         patient: wait until others are done; else a UserError names one that lives.
     """
     folder = path.with_name(f"{path.name}.shared")
-    mine = Claim(folder / uuid.uuid4().hex if shared else path, _stop)
-    _insist(mine, patient)
+    with failing(path):
+        mine = Claim(folder / uuid.uuid4().hex if shared else path, _stop)
+        _insist(mine, patient)
     try:
         # Ours is there before we look for theirs, and theirs before they look for ours: one of two sees the other.
         for other in [path] if shared else [folder / name for name in entries(folder)]:

@@ -98,6 +98,13 @@ def client(path: Path) -> Any:
     return filesystem(parts(path)[0])
 
 
+def reached(text: str) -> Path:
+    """The place that a user gave, once its store has answered. Raises UserError."""
+    path = place(text)
+    reach(path)
+    return path
+
+
 def reach(path: Path) -> None:
     """Ask a store once for a place. Raises UserError for a bucket that is not there, closed, or out of reach."""
     if not on_store(path):
@@ -182,6 +189,14 @@ def write_whole(path: Path, content: bytes) -> None:
         temporary.unlink(missing_ok=True)
 
 
+def put_file(local: Path, path: Path) -> None:
+    """Give a file of this disk its place, where it appears whole: it is moved on a disk, and sent to a bucket."""
+    if on_store(path):
+        client(path).put_file(str(local), str(path))
+    else:
+        local.replace(path)
+
+
 def write_new(path: Path, content: bytes) -> bool:
     """Write an object that is not there yet, if it is not: of several writers one gets True."""
     store = key_value_store(path.parent)
@@ -231,8 +246,10 @@ def relative(path: Path, start: Path) -> str:
 
 def resolve(start: Path, name: str) -> Path:
     """The place of a name that `relative` gave."""
-    if "://" in name or os.path.isabs(name) or not on_store(start):
-        return place(name) if "://" in name else start / name if not on_store(start) else Path(name)
+    if "://" in name:
+        return place(name)
+    if not on_store(start) or os.path.isabs(name):
+        return Path(os.path.normpath(Path(start) / name if not on_store(start) else name))
     scheme, bucket, key = parts(start)
     return place(f"{scheme}://{bucket}/{posixpath.normpath(posixpath.join(key, name))}")
 

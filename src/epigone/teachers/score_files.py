@@ -20,6 +20,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from epigone.errors import Fault
+from epigone.storage.folders import cache, fetched_file
+from epigone.storage.places import Entry, entries, on_store, put_file
 
 KEY_BYTES = 16
 STALE_SECONDS = 120.0
@@ -68,22 +70,32 @@ class ScoreFiles:
     @property
     def size(self) -> int:
         """Bytes of all shards."""
-        return sum(path.stat().st_size for path in self.directory.glob("*.array_record"))
+        return sum(size for size, _ in self._listed().values())
 
     def refresh(self) -> None:
         """See the shards that others have written since."""
-        new = [path for path in sorted(self.directory.glob("*.array_record")) if path.name not in self._shards]
+        listed = {name: entry for name, entry in self._listed().items() if name not in self._shards}
+        new = [(name, fetched_file(self.directory / name, mark)) for name, (_, mark) in sorted(listed.items())]
         keys, places = [self._keys], [self._places]
-        for path in new:
-            reader, listed = _open(path)
-            keys.append(listed)
-            places.append(np.stack([np.full(len(listed), len(self._readers)), np.arange(len(listed))], axis=1))
-            self._shards[path.name] = path
+        for name, path in new:
+            reader, found = _open(path)
+            keys.append(found)
+            places.append(np.stack([np.full(len(found), len(self._readers)), np.arange(len(found))], axis=1))
+            self._shards[name] = path
             self._readers.append((path, reader))
         if new:
             all_keys, all_places = np.concatenate(keys), np.concatenate(places)
             order = np.argsort(all_keys[:, 0], kind="stable")
             self._keys, self._places = all_keys[order], all_places[order]
+
+    def _listed(self) -> dict[str, Entry]:
+        """The shards that are there."""
+        if on_store(self.directory):
+            found = entries(self.directory)
+        else:
+            paths = self.directory.glob("*.array_record")
+            found = {path.name: Entry(path.stat().st_size, "") for path in paths}
+        return {name: entry for name, entry in found.items() if name.endswith(".array_record")}
 
     def missing(self, wanted: Sequence[bytes]) -> list[int]:
         """Which of the keys are in no shard."""
@@ -111,19 +123,20 @@ class ScoreFiles:
         from array_record.python import array_record_module
 
         target = self.directory / f"{name}.array_record"
-        partial = self.directory / f".{name}.{socket.gethostname()}-{os.getpid()}.partial"
+        here = cache() if on_store(self.directory) else self.directory
+        partial = here / f".{name}.{socket.gethostname()}-{os.getpid()}.partial"
         keys = []
         try:
-            with _writing(self.directory):
+            with _writing(here):
                 writer = array_record_module.ArrayRecordWriter(str(partial), _OPTIONS)
             for key, record in content:
                 keys.append(key)
-                with _writing(self.directory):
+                with _writing(here):
                     writer.write(key + zlib.crc32(record).to_bytes(4, "little") + record)
-            with _writing(self.directory):
+            with _writing(here):
                 writer.write(b"".join(keys))
                 writer.close()
-                partial.replace(target)
+                put_file(partial, target)
         finally:
             partial.unlink(missing_ok=True)
         self.refresh()
@@ -144,14 +157,19 @@ class ScoreFiles:
 
 
 class Claims:
-    """Who works at what, as files in a folder that all hosts see."""
+    """Who works at what, as files in a folder that all hosts see, or as claims in a bucket."""
 
     def __init__(self, directory: Path):
         self.directory = directory
         self._mine = f"{socket.gethostname()}-{os.getpid()}"
+        self._stored: dict[str, Any] = {}
 
     def take(self, name: str) -> bool:
         """Claim a piece of work; False if another's claim is fresh. Two may win at once: then it is done twice."""
+        if on_store(self.directory):
+            from epigone.storage.claims import Claim
+
+            return bool(self._stored.setdefault(name, Claim(self._path(name))).take())
         path = self._path(name)
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
@@ -170,12 +188,16 @@ class Claims:
         return True
 
     def renew(self, name: str) -> None:
-        """Say that the work goes on."""
-        self._path(name).touch()
+        """Say that the work goes on; claims in a bucket say so by themselves."""
+        if not on_store(self.directory):
+            self._path(name).touch()
 
     def give_up(self, name: str) -> None:
         """Done, or stopped."""
-        self._path(name).unlink(missing_ok=True)
+        if not on_store(self.directory):
+            self._path(name).unlink(missing_ok=True)
+        elif name in self._stored:
+            self._stored.pop(name).give_up()
 
     def _path(self, name: str) -> Path:
         return self.directory / "claims" / name

@@ -190,6 +190,7 @@ def train(
                     finished(*running)
                     running = None
                     checkpoints.save(step, state | {"own": own.kept}, asdict(progress))
+                    events.bring()
                     saved_at = time.monotonic()
                     if stopping:
                         checkpoints.wait()

@@ -8,6 +8,7 @@ import tyro
 from rich.console import Console
 
 from epigone import __version__
+from epigone.cli import Place
 from epigone.errors import UserError
 from epigone.opened import on_mesh, open_node
 from epigone.store import write_json
@@ -41,13 +42,13 @@ class Evaluate:
     on: str | None = None
     split: str = "test"
     tokens: int | None = None
-    run: Path | None = None
+    run: Place | None = None
     teacher: str | None = None
     contexts: int = 1000
     seed: int = 0
     tasks: tuple[str, ...] = ()
     chat: bool = False
-    data: Path | None = None
+    data: Place | None = None
     json: Path | None = None
     hardware: Hardware = field(default_factory=Hardware)
 

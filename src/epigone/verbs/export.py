@@ -13,6 +13,7 @@ from typing import Any
 import tyro
 
 from epigone import __version__
+from epigone.cli import Place
 from epigone.errors import UserError
 from epigone.interchange.digests import checksum
 from epigone.materials import fill
@@ -40,7 +41,7 @@ class Export:
 
     node: tyro.conf.Positional[str]
     to: Path
-    run: Path | None = None
+    run: Place | None = None
     dtype: str | None = None
     shard_size: int = 5000
 

@@ -1,7 +1,6 @@
 """`epigone import PATH --as NAME`: a run of one node whose weights come from files."""
 
 import json
-import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
@@ -9,12 +8,14 @@ from typing import Annotated
 import tyro
 from rich.console import Console
 
+from epigone.cli import Place
 from epigone.errors import UserError
 from epigone.grow import grow
 from epigone.lineage import Lineage
 from epigone.materials import fill
 from epigone.pretrained import pretrained
 from epigone.processes import is_first
+from epigone.storage.places import resolve
 from epigone.store import Store, open_run
 from epigone.training.config import Hardware
 from epigone.view import Terminal
@@ -36,8 +37,8 @@ class Import:
 
     path: tyro.conf.Positional[Path]
     name: Annotated[str, tyro.conf.arg(name="as")]
-    run: Path | None = None
-    data: Path | None = None
+    run: Place | None = None
+    data: Place | None = None
     bos: str | None = None
     dtype: str = "float32"
     hardware: Hardware = field(default_factory=Hardware)
@@ -57,7 +58,7 @@ def import_node(given: Import) -> None:
     record = json.loads((Store(run, lineage, given.data).directory(node) / "record.json").read_text())
     sizes = node.model.sizes
     print(f"{node.key}: {record['parameters']:,} parameters, {sizes.L} layers, D {sizes.D}, vocabulary {sizes.V:,}")
-    print(f"licence {record['source']['licence'] or 'unknown'}; weights in {os.path.normpath(run / record['weights'])}")
+    print(f"licence {record['source']['licence'] or 'unknown'}; weights in {resolve(run, record['weights'])}")
     print(f'try: epigone sample {run}/{node.key} --prompt "..." --n 1')
 
 

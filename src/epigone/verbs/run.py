@@ -19,10 +19,11 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from epigone.cli import parse
+from epigone.cli import Place, parse
 from epigone.errors import Fault, UserError
 from epigone.lineage import Lineage
 from epigone.overrides import documented_fields, kinds_of_node, override
+from epigone.storage.places import on_store
 
 
 @dataclass(frozen=True)
@@ -39,8 +40,8 @@ class Run:
     """
 
     config: tyro.conf.Positional[Path]
-    run: Path | None = None
-    data: Path | None = None
+    run: Place | None = None
+    data: Place | None = None
     node: str | None = None
     dry_run: bool = False
     set: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
@@ -73,7 +74,7 @@ def read_config(arguments: Sequence[str], verb: str) -> tuple[Lineage, Path, Any
     options = {name: getattr(given, name) for name in inspect.signature(function).parameters}
     lineage = override(_called(function, options), given.set)
     directory = given.run or Path("runs") / lineage.name
-    if directory.exists() and not directory.is_dir():
+    if not on_store(directory) and directory.exists() and not directory.is_dir():
         raise UserError(f"'{directory}' is no directory: name another with --run")
     return lineage, directory, given
 
@@ -222,6 +223,8 @@ def grow_and_report(lineage: Lineage, directory: Path, given: Any) -> None:
 
 
 def _is_current(page: Path, store: Any) -> bool:
-    """Whether a report is newer than everything that it shows."""
+    """Whether a report is newer than everything that it shows; in a bucket, where times are coarse, nobody knows."""
+    if on_store(page):
+        return False
     shown = [store.run / "lineage.json", *(store.directory(n) / "record.json" for n in store.lineage.nodes)]
     return page.exists() and all(page.stat().st_mtime_ns >= path.stat().st_mtime_ns for path in shown)

@@ -3,12 +3,12 @@
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import tyro
 
+from epigone.cli import Place
 from epigone.data.tokenizers import Tokenizer
 from epigone.errors import UserError
 from epigone.models.language_model import Document, LanguageModel
@@ -38,7 +38,7 @@ class Sample:
     """
 
     node: tyro.conf.Positional[str]
-    run: Path | None = None
+    run: Place | None = None
     prompt: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     chat: bool = False
     n: int = 4
