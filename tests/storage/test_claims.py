@@ -19,7 +19,7 @@ from epigone.storage.places import entries, write_whole
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
     monkeypatch.setattr(claims, "BEAT", 0.1)
-    monkeypatch.setattr(claims, "LIFE", 0.6)
+    monkeypatch.setattr(claims, "LIFE", 0.5)
 
 
 def elsewhere(path, process=1):
@@ -80,7 +80,7 @@ def test_a_holder_that_died_elsewhere_is_watched_and_then_succeeded(folder, shar
     elsewhere(folder / "lock.shared" / "y" if shared else folder / "lock")
     began = time.monotonic()
     with held(folder / "lock"):
-        assert time.monotonic() - began >= 0.6
+        assert time.monotonic() - began >= 0.5
     assert entries(folder) == {}
 
 
@@ -88,7 +88,7 @@ def test_a_holder_that_died_elsewhere_is_watched_and_then_succeeded(folder, shar
 def test_a_holder_that_is_alive_is_never_succeeded(folder):
     with held(folder / "lock"):
         claim = Claim(folder / "lock")
-        ends = time.monotonic() + 1.5
+        ends = time.monotonic() + 0.9
         while time.monotonic() < ends:
             assert not claim.take()
             time.sleep(0.05)

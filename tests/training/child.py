@@ -1,7 +1,7 @@
 """A training run in a process of its own, which can be killed, or be one of several.
 
 python child.py DIRECTORY [--kill STEP] [--terminate STEP] [--process INDEX COUNT PORT] [--every STEPS] [--pace SECONDS]
-    [--own]
+    [--axis NAME] [--own]
 """
 
 import argparse
@@ -16,12 +16,13 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import conftest  # noqa: F401
 
 parser = argparse.ArgumentParser()
-parser.add_argument("directory", type=Path)
+parser.add_argument("directory", help="on a disk or in a bucket")
 parser.add_argument("--kill", type=int)
 parser.add_argument("--terminate", type=int)
 parser.add_argument("--every", type=int, default=1)
 parser.add_argument("--pace", type=float, default=0.0)
 parser.add_argument("--process", type=int, nargs=3, metavar=("INDEX", "COUNT", "PORT"), default=(0, 1, 0))
+parser.add_argument("--axis", default="data", help="over which processes lie on the mesh")
 parser.add_argument("--own", action="store_true", help="learn from own texts")
 given = parser.parse_args()
 index, count, port = given.process
@@ -37,6 +38,7 @@ if count > 1:
 
 from training_toy import Counting, measures, own_texts, run  # noqa: E402
 
+from epigone.storage.places import place  # noqa: E402
 from epigone.training.config import Hardware  # noqa: E402
 from epigone.training.loop import Stopped  # noqa: E402
 
@@ -51,9 +53,9 @@ def at_step(report):
 
 try:
     trained = run(
-        given.directory,
+        place(given.directory),
         batches=Counting(process_index=index, process_count=count),
-        hardware=Hardware(data=count, checkpoint_every_seconds=None, checkpoint_every_steps=given.every),
+        hardware=Hardware(**{given.axis: count}, checkpoint_every_seconds=None, checkpoint_every_steps=given.every),
         on_step=at_step,
         **(own_texts() if given.own else {}),
     )

@@ -1,6 +1,12 @@
 """Checkpoints in a bucket: equal to the bit, whole or not there, from any mesh to any mesh."""
 
 import json
+import os
+import re
+import socket
+import subprocess
+import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +15,7 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from object_stores import trouble
-from training_toy import MODEL
+from training_toy import MODEL, losses, run
 
 from epigone.errors import Fault, UserError
 from epigone.models import decoder
@@ -215,3 +221,38 @@ def test_a_busy_store_is_asked_again(folder):
         with_steps(folder, 3)
         assert equal(restore(folder)[0], state(3))
     assert met.failed
+
+
+def test_two_processes_write_one_checkpoint_and_one_goes_on_from_it(s3_folder, stores, tmp_path):
+    """They share nothing but the bucket. One gets SIGTERM: both stop at one step, and a single process finishes."""
+    with socket.socket() as found:
+        found.bind(("localhost", 0))
+        port = found.getsockname()[1]
+    child = [sys.executable, str(Path(__file__).with_name("child.py")), str(s3_folder)]
+    outputs = [tmp_path / f"{number}" for number in (0, 1)]
+    both = []
+    for number, output in enumerate(outputs):
+        how = [
+            "--process",
+            str(number),
+            "2",
+            str(port),
+            "--terminate",
+            "99" if number else "4",
+            "--pace",
+            "0.3",
+            "--axis",
+            "fsdp",
+        ]
+        environment = os.environ | stores | {"XDG_CACHE_HOME": str(tmp_path / f"cache{number}")}
+        with output.open("w") as file:
+            both.append(subprocess.Popen([*child, *how], env=environment, stdout=file, stderr=subprocess.STDOUT))
+    said = [output.read_text() for output, process in zip(outputs, both, strict=True) if process.wait(timeout=100) == 0]
+    stopped = [int(found.group(1)) for text in said if (found := re.search(r"stopped at step (\d+) of 12", text))]
+    assert len(stopped) == 2, said
+    assert stopped[0] == stopped[1]
+    assert [name for name in entries(s3_folder) if name.endswith(("/c/1/0", "/c/0/1"))], "shards of the second"
+    seen = []
+    resumed = run(s3_folder, on_step=lambda report: seen.append(report.step))
+    assert seen[0] == stopped[0] + 1
+    np.testing.assert_allclose(losses(resumed), losses(run(tmp_path / "undisturbed")), rtol=1e-5)
