@@ -20,7 +20,8 @@ from tyro.constructors import PrimitiveConstructorSpec
 from epigone import __version__, runtime
 from epigone.errors import Fault, Stopped, UserError
 from epigone.lineage import did_you_mean
-from epigone.storage.places import explained, reached
+from epigone.storage.places import reached
+from epigone.storage.reasons import explained
 
 Place = Annotated[
     Path,

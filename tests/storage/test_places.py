@@ -9,6 +9,7 @@ from object_stores import BUCKET, trouble
 from epigone.errors import Fault, UserError
 from epigone.storage import places
 from epigone.storage.places import entries, place, reach, relative, remove, resolve, write_new, write_whole
+from epigone.storage.reasons import explained
 
 
 def test_a_place_on_a_disk_is_a_path(tmp_path):
@@ -118,12 +119,12 @@ def test_missing_credentials_and_networks_are_told():
     from google.auth.exceptions import DefaultCredentialsError
 
     path = place("s3://bu/x")
-    assert "no credentials for s3://bu: sign in first (aws configure" in places.explained(NoCredentialsError(), path)
-    assert "gcloud auth" in places.explained(DefaultCredentialsError("none"), place("gs://bu/x"))
+    assert "no credentials for s3://bu: sign in first (aws configure" in explained(NoCredentialsError(), path)
+    assert "gcloud auth" in explained(DefaultCredentialsError("none"), place("gs://bu/x"))
     lost = EndpointConnectionError(endpoint_url="http://x")
-    assert "s3://bu cannot be reached: is there a network" in places.explained(lost, path)
-    assert "cannot be reached" in places.explained(lost)
-    assert places.explained(KeyError("x")) is None
+    assert "s3://bu cannot be reached: is there a network" in explained(lost, path)
+    assert "cannot be reached" in explained(lost)
+    assert explained(KeyError("x")) is None
 
 
 def test_a_store_that_is_slow_and_busy_is_asked_again(folder):

@@ -19,7 +19,8 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from epigone.errors import Fault, UserError
-from epigone.storage.places import explained, on_store
+from epigone.storage.places import on_store
+from epigone.storage.reasons import explained
 from epigone.training import sealed_in_bucket, sealed_on_disk
 from epigone.training.sealed import Damaged, read_manifest
 

@@ -18,7 +18,8 @@ import jax
 import numpy as np
 
 from epigone.errors import Fault
-from epigone.storage.places import context, explained, key_value_spec
+from epigone.storage.places import context, key_value_spec
+from epigone.storage.reasons import explained
 from epigone.training.sealed import Damaged
 
 CHUNK_BYTES = 2**28

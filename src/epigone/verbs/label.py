@@ -15,7 +15,8 @@ from epigone.view import Terminal
 def label_texts(arguments: Sequence[str]) -> None:
     """Score the texts of all nodes, or of `--node`, whose lesson keeps scores and whose parents are done.
 
-    The same command on several hosts that see one file system shares the work. `epigone run` does what is left.
+    The same command on several hosts that see one file system, or one bucket, shares the work. `epigone run` does what
+    is left.
     """
     given = read_config(arguments, "label")
     if given is None:
