@@ -10,7 +10,7 @@ from object_stores import trouble
 
 from epigone.data.corpora import Documents, TextFiles, Tfds, slice_documents
 from epigone.errors import Fault, UserError
-from epigone.storage.places import entries
+from epigone.storage.places import entries, write_whole
 
 TEXTS = [f"This is document number {index}.\nIt has two lines, é." for index in range(400)]
 
@@ -307,3 +307,25 @@ def test_data_sets_in_a_bucket_are_prepared_once_and_fetched(s3_folder, tmp_path
     manifests = [name for name in entries(s3_folder) if name.endswith("manifest.json")]
     assert len(manifests) == 2
     assert not [name for name in entries(s3_folder) if "downloads" in name]
+
+
+def test_text_files_in_a_bucket_are_those_on_a_disk(s3_folder, tmp_path, monkeypatch):
+    contents = {"a.txt": "one\n\ntwo", "b.jsonl": '{"text": "three"}', "deep/c.txt": "four\n\nfive"}
+    for name, content in contents.items():
+        write_whole(s3_folder / "texts" / name, content.encode())
+        write_whole(tmp_path / "texts" / name, content.encode())
+    found = {}
+    for pattern in ("a.txt", "*.txt", "**/*.txt", "b.jsonl"):
+        whole = {"shares": (1.0, 0.0, 0.0)}
+        for host in ("one", "two"):
+            monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / host))
+            stored = TextFiles(f"{s3_folder}/texts/{pattern}", **whole).prepare(s3_folder / "data")["train"]
+            local = TextFiles(f"{tmp_path}/texts/{pattern}", **whole).prepare(tmp_path / "data")["train"]
+            assert list(stored) == list(local)
+        found[pattern] = list(stored)
+    assert found["*.txt"] == found["a.txt"] == ["one", "two"]
+    assert found["**/*.txt"] == ["one", "two", "four", "five"]
+    sets = {name.partition("/")[0] for name in entries(s3_folder / "data")}
+    assert len(sets) == 3, "prepared once a pattern, whatever the host"
+    with pytest.raises(UserError, match=r"no file matches 's3://.*nothing\*'"):
+        TextFiles(f"{s3_folder}/texts/nothing*").prepare(tmp_path)

@@ -74,7 +74,7 @@ class TextFiles:
     """Local files: .txt (a document is a paragraph, between blank lines), .jsonl, .parquet.
 
     Attributes:
-        pattern: Path or glob pattern, such as 'texts/**/*.txt'.
+        pattern: Path or glob pattern, such as 'texts/**/*.txt' or 'gs://BUCKET/texts/*.jsonl'.
         field: Field of .jsonl or column of .parquet that holds the text.
         shares: Parts of the documents that become train, validation and test; 0 leaves a split out.
         licence: What the card says of the licence.

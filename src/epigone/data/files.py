@@ -1,19 +1,22 @@
-"""Documents in local files: paragraphs of .txt, lines of .jsonl, rows of .parquet."""
+"""Documents in files, on a disk or in a bucket: paragraphs of .txt, lines of .jsonl, rows of .parquet."""
 
+import fnmatch
 import glob
 import hashlib
 import json
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
 from epigone.errors import UserError
+from epigone.storage.folders import cache, fetched_file
+from epigone.storage.places import entries, reached
 
 
 def find(pattern: str) -> list[Path]:
     """Files that match the glob pattern, sorted. Raises UserError if there is none, or one of another kind."""
-    paths = [Path(name) for name in sorted(glob.glob(os.path.expanduser(pattern), recursive=True))]
-    paths = [path for path in paths if path.is_file()]
+    paths = _fetched(pattern) if "://" in pattern else _on_disk(pattern)
     if not paths:
         raise UserError(f"no file matches '{pattern}'")
     for path in paths:
@@ -22,9 +25,30 @@ def find(pattern: str) -> list[Path]:
     return paths
 
 
+def _on_disk(pattern: str) -> list[Path]:
+    paths = [Path(name) for name in sorted(glob.glob(os.path.expanduser(pattern), recursive=True))]
+    return [path for path in paths if path.is_file()]
+
+
+def _fetched(pattern: str) -> list[Path]:
+    """Copies of the objects of a bucket that match."""
+    fixed = re.split(r"[*?\[]", pattern, maxsplit=1)[0].rpartition("/")[0]
+    folder, rest = reached(fixed), pattern[len(fixed) + 1 :]
+    deep = "**" in rest
+    names = {name: entry.mark for name, entry in entries(folder).items() if deep or name.count("/") == rest.count("/")}
+    wanted = [name for name in names if fnmatch.fnmatchcase(name, rest.replace("**/", "*"))]
+    return [fetched_file(folder / name, names[name]) for name in wanted]
+
+
 def fingerprint(paths: list[Path], *settings: object) -> str:
     """Changes when a file is added, removed, resized or touched, or when a setting changes."""
-    states = [(str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in paths]
+    # A copy is named by place and content, on every host alike.
+    states = [
+        (path.name, path.stat().st_size)
+        if path.parent == cache()
+        else (str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns)
+        for path in paths
+    ]
     return hashlib.sha256(json.dumps([states, settings]).encode()).hexdigest()[:12]
 
 

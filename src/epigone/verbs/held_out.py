@@ -67,6 +67,8 @@ def corpus_of(name: str) -> Any:
         return corpora.Embedded(name)
     if name.startswith("tfds:"):
         return corpora.Tfds(name)
+    if "://" in name:
+        return corpora.TextFiles(name)
     path = Path(name).expanduser()
     if path.is_dir():
         return corpora.TextFiles(_pattern(path))
