@@ -6,8 +6,9 @@ BIN := $(VENV)/bin
 RUN_READY := $(VENV)/.ready-run
 SMOLLM2_READY := $(VENV)/.ready-smollm2
 DEV_READY := $(VENV)/.ready-dev
+LAUNCH := .venv-launch
 
-.PHONY: run smollm2 test lint bench clean
+.PHONY: run smollm2 test test-slurm test-launch lint bench clean
 
 run: $(RUN_READY)
 	$(BIN)/epigone run configs/quickstart.py
@@ -17,6 +18,14 @@ smollm2: $(SMOLLM2_READY)
 
 test: $(DEV_READY)
 	$(BIN)/python -m pytest -n 2 --dist loadfile
+
+# A real SLURM on this machine: needs root, and Debian's slurm-wlm.
+test-slurm: $(DEV_READY)
+	$(BIN)/python -m launch.slurm.test
+
+# What launchers write, read by the tools that it is for; these want a place of their own.
+test-launch: $(LAUNCH)/.ready
+	PATH="$(CURDIR)/$(LAUNCH)/bin:$$PATH" $(LAUNCH)/bin/python -m pytest -o addopts= -q launch/checks
 
 lint: $(DEV_READY)
 	$(BIN)/ruff check .
@@ -47,5 +56,10 @@ $(DEV_READY): requirements-dev.txt $(SMOLLM2_READY)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
 	touch $@
 
+$(LAUNCH)/.ready: requirements-launch.txt
+	$(PYTHON) -m venv $(LAUNCH)
+	$(LAUNCH)/bin/python -m pip install --quiet --disable-pip-version-check -r requirements-launch.txt
+	touch $@
+
 clean:
-	rm -rf $(VENV) .cache runs .pytest_cache .ruff_cache .mypy_cache build dist
+	rm -rf $(VENV) $(LAUNCH) .cache runs .pytest_cache .ruff_cache .mypy_cache build dist

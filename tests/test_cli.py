@@ -86,6 +86,25 @@ def test_a_second_run_does_nothing_but_say_so(folder, capsys):
     assert fingerprints(folder) == before
 
 
+def test_a_dry_run_tells_schedulers_the_graph_as_json(grown, tmp_path, capsys):
+    tiny.write_config(tmp_path)
+    assert run(tmp_path, "--dry-run", "--json") == 0
+    told = json.loads(capsys.readouterr().out)
+    nodes = {node["key"]: node for node in told["nodes"]}
+    assert sorted(nodes) == sorted(tiny.NODES)
+    assert nodes["student@1"]["parents"] == ["teacher@0"]
+    assert not any(node["done"] for node in nodes.values())
+    assert nodes["teacher@0"]["parameters"] > 0
+    assert not (tmp_path / "runs" / "tiny" / "nodes").exists()
+    assert run(grown, "--dry-run", "--json") == 0
+    assert all(node["done"] for node in json.loads(capsys.readouterr().out)["nodes"])
+
+
+def test_json_alone_is_refused(grown, capsys):
+    assert run(grown, "--json") == 2
+    assert "epigone run CONFIG --dry-run --json" in one_line(capsys)
+
+
 def test_a_dry_run_plans_and_grows_nothing(tmp_path, capsys):
     tiny.write_config(tmp_path)
     assert run(tmp_path, "--dry-run") == 0

@@ -20,6 +20,7 @@ from tyro.constructors import PrimitiveConstructorSpec
 from epigone import __version__, runtime
 from epigone.errors import Fault, Stopped, UserError
 from epigone.lineage import did_you_mean
+from epigone.processes import several
 from epigone.storage.places import reached
 from epigone.storage.reasons import explained
 
@@ -138,7 +139,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _say(error: object, code: int) -> int:
     """One line on standard error, whatever the message holds."""
     print(f"epigone: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
-    if os.environ.get("JAX_NUM_PROCESSES", "1") != "1":
+    if several():
         # At a normal exit JAX would wait for the other processes, which wait for this one.
         sys.stdout.flush()
         os._exit(code)

@@ -243,9 +243,10 @@ def _circumstances() -> dict[str, Any]:
     """Where, when and with what a node was grown."""
     import jax
 
-    commit = _git_commit()
+    # A launcher names the commit where the code lies outside a checkout, and the job that this is.
+    named = {"git_commit": _git_commit() or os.environ.get("EPIGONE_COMMIT"), "job": os.environ.get("EPIGONE_JOB")}
     return {
-        **({"git_commit": commit} if commit else {}),
+        **{name: value for name, value in named.items() if value},
         "versions": {"epigone": __version__, **{name: version(name) for name in ("jax", "flax", "optax", "numpy")}},
         "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
         "host": platform.node(),

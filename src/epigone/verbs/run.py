@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import importlib.util
 import inspect
+import json
 import os
 import sys
 import time
@@ -36,6 +37,7 @@ class Run:
         data: where prepared corpora lie; by default `data` beside the run directory.
         node: grow this node alone; its parents must be done.
         dry_run: print the plan and grow nothing.
+        json: print the plan as JSON, for schedulers: every node with its parents, costs, and whether it is done.
         set: change a field of some nodes, as in student.lesson.training.steps=200; give it again for more.
     """
 
@@ -44,6 +46,7 @@ class Run:
     data: Place | None = None
     node: str | None = None
     dry_run: bool = False
+    json: bool = False
     set: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
 
 
@@ -54,7 +57,7 @@ def run(arguments: Sequence[str]) -> None:
         return
     lineage, directory, options = given
     if options.dry_run:
-        show_plan(lineage, directory, options.data)
+        (print_plan if options.json else show_plan)(lineage, directory, options.data)
     else:
         grow_and_report(lineage, directory, options)
 
@@ -71,6 +74,8 @@ def read_config(arguments: Sequence[str], verb: str) -> tuple[Lineage, Path, Any
         _print_help(kind, function, arguments[0], verb)
         return None
     given = parse(kind, arguments, f"epigone {verb} {arguments[0]}")
+    if given.json and not (verb == "run" and given.dry_run):
+        raise UserError("--json prints a plan: give it as epigone run CONFIG --dry-run --json")
     options = {name: getattr(given, name) for name in inspect.signature(function).parameters}
     lineage = override(_called(function, options), given.set)
     directory = given.run or Path("runs") / lineage.name
@@ -177,6 +182,19 @@ def show_plan(lineage: Lineage, directory: Path, data: Path | None) -> None:
     flops, memory = sum(row.flops or 0 for row in left), max((row.memory or 0 for row in left), default=0)
     todo = f"{_amount(flops)} FLOPs, at most {_amount(memory, 'B')} at once"
     console.print(f"{len(rows)} nodes, {len(rows) - len(left)} done; to do: {todo}")
+
+
+def print_plan(lineage: Lineage, directory: Path, data: Path | None) -> None:
+    """Print the plan as JSON: what a scheduler needs to make one job of each node.
+
+    `nodes` are in an order in which they can be grown, parents first. What is not known before is null.
+    """
+    from epigone.plan import plan
+    from epigone.store import Store
+
+    rows = [dataclasses.asdict(row) for row in plan(lineage, Store(directory, lineage, data))]
+    nodes = [{**row, "name": lineage[row["key"]].name, "seed": lineage[row["key"]].seed} for row in rows]
+    print(json.dumps({"lineage": lineage.name, "run": str(directory), "nodes": nodes}, indent=1))
 
 
 def _few(keys: Sequence[str]) -> str:
