@@ -3,8 +3,9 @@
     python -m launch.skypilot --name copies --infra gcp --accelerators H100:8 --nodes 2 --spot \\
         -- epigone run configs/quickstart.py --run gs://BUCKET/runs/copies --hardware.data 16
 
-The run directory lies in a bucket, or on a file system that all machines see. After a preemption the same command starts on new machines and goes on
-from the last checkpoint. SkyPilot ends the machines when the job ends, also when it fails or is cancelled.
+The run directory lies in a bucket, or on a file system that all machines see. After a preemption the same command
+starts on new machines and goes on from the last checkpoint. SkyPilot ends the machines when the job ends, also when it
+fails or is cancelled.
 """
 
 import shlex

@@ -5,8 +5,8 @@
         -- epigone run configs/quickstart.py --run gs://BUCKET/runs/copies --hardware.data 16
 
 Every host gets the commit of this checkout from the repository. --prepare is a command that each runs before, such as
-the mount of a file system for the run directory, where that is in no bucket. When the TPU is taken away another one is asked for, as often as
---restarts says, and the run goes on from its last checkpoint. Needs gcloud.
+the mount of a file system for the run directory, where that is in no bucket. When the TPU is taken away another one is
+asked for, as often as --restarts says, and the run goes on from its last checkpoint. Needs gcloud.
 """
 
 import shlex

@@ -2,6 +2,7 @@
 
 import contextlib
 import datetime
+import os
 import platform
 import resource
 import subprocess

@@ -52,7 +52,7 @@ NodeName=localhost CPUs=8 State=UNKNOWN
 PartitionName=test Nodes=localhost Default=YES MaxTime=INFINITE State=UP
 """
 DAEMONS = ("slurmctld", "slurmd")
-STEPS = 1500
+STEPS = 1000
 
 
 def main() -> int:
@@ -143,11 +143,11 @@ def a_lineage_is_grown(folder: Path) -> None:
 
 
 def command(place: Path, steps: int = STEPS) -> list[str]:
-    """The tiny lineage of the tests."""
+    """The tiny lineage of the tests; one config for all runs, since a corpus at another place is another corpus."""
     import tiny
 
     place.mkdir(exist_ok=True)
-    config = tiny.write_config(place)
+    config = tiny.write_config(place.parent)
     epigone = [sys.executable, "-m", "epigone", "run", str(config), "--run", str(place / "run")]
     return ["--", *epigone, f"--steps={steps}", "--hardware.checkpoint-every-steps=100"]
 
