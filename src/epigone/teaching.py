@@ -87,9 +87,9 @@ def teacher_of(
     if lesson.scores is not None:
         teacher, asked = ask(node, materials, rows, hardware, view)
     elif lesson.ensemble or len(lesson.teachers) > 1:
-        teacher = _ensemble(node, materials, rows)
+        teacher = _ensemble(node, materials, rows, hardware)
     else:
-        teacher = _in_memory(lesson.teachers[0], materials)
+        teacher = _in_memory(lesson.teachers[0], materials, hardware)
     if aligns(lesson.objective.divergence):
         from epigone.teachers.other_tokenizer import ROOM, fitted
 
@@ -116,7 +116,7 @@ def ask(
     lesson, cached = node.lesson, _cached(node, materials)
     batch_size, key = lesson.training.batch_size, lesson.teachers[0]
     view.stage("label", sum(-(-len(source) // batch_size) for source in rows))
-    done = label(cached, lambda: _in_memory(key, materials), rows, batch_size, hardware, on_step=view.step)
+    done = label(cached, lambda: _in_memory(key, materials, hardware), rows, batch_size, hardware, on_step=view.step)
     wait(f"{node.key} is labelled")
     cached.files.refresh()
     tokens = sum(source.targets for source in rows)
@@ -127,7 +127,7 @@ def ask(
     return cached, asked
 
 
-def _in_memory(key: str, materials: Materials) -> Any:
+def _in_memory(key: str, materials: Materials, hardware: Hardware = Hardware()) -> Any:
     """A teacher beside the student."""
     from epigone.teachers import in_memory
 
@@ -137,16 +137,21 @@ def _in_memory(key: str, materials: Materials) -> Any:
     if isinstance(parent.model, NGram):
         return in_memory.NGramTeacher(model, tokenizer.vocabulary, tokenizer.name)
     return in_memory.DecoderTeacher(
-        model.config, model.params, tokenizer.vocabulary, tokenizer.name, tokens=tokenizer.tokens
+        model.config,
+        model.params,
+        tokenizer.vocabulary,
+        tokenizer.name,
+        tokens=tokenizer.tokens,
+        sharding=hardware.teacher,
     )
 
 
-def _ensemble(node: Node, materials: Materials, rows: Sequence[Rows]) -> Any:
+def _ensemble(node: Node, materials: Materials, rows: Sequence[Rows], hardware: Hardware) -> Any:
     from epigone.teachers.ensemble import Ensemble, EnsembleTeacher, routes_of
 
     keys, how = node.lesson.teachers, node.lesson.ensemble or Ensemble()
     routes = None if how.route is None else routes_of(rows, [keys.index(key) for key in how.route])
-    return EnsembleTeacher([_in_memory(key, materials) for key in keys], how, routes)
+    return EnsembleTeacher([_in_memory(key, materials, hardware) for key in keys], how, routes)
 
 
 def _cached(node: Node, materials: Materials) -> Any:

@@ -168,7 +168,7 @@ def test_a_mesh_that_cannot_cut_the_parameters(tmp_path):
     with jax.set_mesh(make_mesh(1, 1, 4)), pytest.raises(UserError, match="K has size 2"):
         load_weights(open_weights(tmp_path), EVEN)
     with jax.set_mesh(make_mesh(1, 1, 4)):
-        loaded = load_weights(open_weights(tmp_path), EVEN, Sharding(K=None))
+        loaded = load_weights(open_weights(tmp_path), EVEN, Sharding(K=()))
     assert loaded["layers"]["key_LDKH"][...].shape == (3, 32, 2, 6)
 
 

@@ -88,16 +88,16 @@ def test_rules_by_letter():
     assert sharding.activation("BTD") == P(("data", "fsdp"), None, None)
     with jax.set_mesh(make_mesh(2, 2)):
         assert batch_parts(sharding) == 4
-        assert batch_parts(Sharding(B="data")) == 2
+        assert batch_parts(Sharding(B=("data",))) == 2
         assert all(isinstance(x.sharding, NamedSharding) for x in jax.tree.leaves(abstract(CONFIG)))
     assert batch_parts(sharding) == 1
 
 
 def test_refusals_name_the_numbers():
     with pytest.raises(UserError, match=r"axes V and D of an array VD are both on mesh axis 'tensor'"):
-        init(CONFIG, 0, Sharding(D="tensor"))
+        init(CONFIG, 0, Sharding(D=("tensor",)))
     with jax.set_mesh(make_mesh(tensor=3)), pytest.raises(UserError, match=r"N has size 8, which tensor = 3"):
-        check(Sharding(V=None), {"query_LDNH": (2, 32, 8, 4)})
+        check(Sharding(V=()), {"query_LDNH": (2, 32, 8, 4)})
     with jax.set_mesh(make_mesh(tensor=3)), pytest.raises(UserError, match="does not divide"):
         init(CONFIG, 0)
     mesh = make_mesh(2, 2)
@@ -105,7 +105,7 @@ def test_refusals_name_the_numbers():
     with pytest.raises(UserError, match=r"size 6, which data x fsdp = 4"):
         check_batch(Sharding(), 6, mesh)
     with pytest.raises(UserError, match="'expert' does not exist"):
-        check(Sharding(F="expert"), {"up_LDF": (2, 32, 64)}, mesh)
+        check(Sharding(F=("expert",)), {"up_LDF": (2, 32, 64)}, mesh)
     with pytest.raises(UserError, match=r"needs 64 devices, and there are 8"):
         make_mesh(4, 4, 4)
     with pytest.raises(UserError, match="at least 1"):

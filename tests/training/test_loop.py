@@ -11,12 +11,17 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from training_toy import MODEL, TRAINING, Counting, losses, measures, run, weights
+from flax import nnx
+from training_toy import MODEL, TRAINING, Counting, losses, measures, own_texts, run, weights
 
 from epigone.errors import Fault, UserError
 from epigone.lessons.divergences import cross_entropy, forward_kl, jsd
+from epigone.lessons.inner import Match
+from epigone.lessons.match_kinds import Relations, States
 from epigone.lessons.objective import TEXT_ALONE, Objective
 from epigone.models import decoder
+from epigone.models.adapters import LowRank
+from epigone.models.rules import Sharding
 from epigone.models.sharding import make_mesh
 from epigone.teachers.in_memory import DecoderTeacher
 from epigone.training import step as compiled
@@ -121,6 +126,46 @@ def test_hardware_changes_nothing(hardware, plain, tmp_path):
     np.testing.assert_allclose(losses(other), losses(plain), rtol=1e-5)
     for name, wanted in weights(plain).items():
         np.testing.assert_allclose(weights(other)[name], wanted, atol=2e-4, err_msg=name)
+
+
+EVERYWHERE = ("data", "fsdp", "tensor")
+COPIES = Sharding(B=EVERYWHERE, N=(), K=(), F=(), V=(), D=())
+PIECES = Sharding(B=EVERYWHERE, N=(), K=(), F=(), V=(), D=EVERYWHERE)
+OVER_ALL = Sharding(D=("data", "fsdp"))
+
+
+@pytest.mark.parametrize(
+    ("kind", "rules"),
+    [("scores", COPIES), ("scores", PIECES), ("inside", COPIES), ("own texts", COPIES), ("adapters", PIECES)],
+    ids=["data-parallel", "cut", "inside the teacher", "own texts", "adapters"],
+)
+def test_student_and_teacher_have_rules_of_their_own(kind, rules, tmp_path):
+    """A teacher that is cut over everything, beside a student that is whole, or cut another way, on each device."""
+    given = {"objective": Objective(forward_kl), "teacher": taught(5)}
+    if kind == "inside":
+        given["objective"] = Objective(forward_kl, inner=(Match(States()), Match(Relations(heads=2))))
+    if kind == "adapters":
+        given["adapters"] = LowRank(rank=2)
+    given |= own_texts() if kind == "own texts" else {}
+    training = replace(TRAINING, steps=4)
+    hardware = Hardware(data=2, fsdp=2, tensor=2, student=rules, teacher=OVER_ALL)
+    cut_teacher = DecoderTeacher(given["teacher"].scores.config, given["teacher"].params, "id", sharding=OVER_ALL)
+    one = run(tmp_path / "one", training=training, **given)
+    other = run(tmp_path / "cut", training=training, **given | {"hardware": hardware, "teacher": cut_teacher})
+    np.testing.assert_allclose(losses(other), losses(one), rtol=1e-5)
+    for name, wanted in weights(one).items():
+        np.testing.assert_allclose(weights(other)[name], wanted, atol=2e-4, err_msg=name)
+    with jax.set_mesh(make_mesh(2, 2, 2)):
+        theirs = nnx.to_pure_dict(cut_teacher.place())["layers"]["up_LDF"]
+    assert theirs.addressable_shards[0].data.size == theirs.size // 8
+    ours = nnx.to_pure_dict(other.params)["layers"]["up_LDF"]
+    assert ours.addressable_shards[0].data.size == ours.size // (1 if rules is COPIES else 8)
+
+
+def test_a_batch_that_the_students_rules_cannot_cut_is_refused(tmp_path):
+    hardware = Hardware(data=2, tensor=4, microbatches=2, student=COPIES)
+    with pytest.raises(UserError, match=r"2 micro-batches over 8 devices \(data x fsdp x tensor\)"):
+        run(tmp_path, hardware=hardware)
 
 
 def test_an_average_of_averages_would_show():

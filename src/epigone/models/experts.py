@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from epigone.devices import platform_in_use
-from epigone.models.sharding import MeshAxes, Sharding, in_mesh, placed
+from epigone.models.sharding import Sharding, in_mesh, placed
 
 BLOCK_ROWS = 256
 """Rows of one expert in one product: enough to read its weights at no noticeable cost, few enough to waste none."""
@@ -29,7 +29,7 @@ def mixture(config: Any, sharding: Sharding, weights: dict[str, jax.Array], x_BT
     used = [placed(weights[name], spec) for name, spec in zip(names, specs, strict=True)]
     if not in_mesh():
         return _local(config, (), x_BTD, *used)
-    hidden, whole, cut = sharding.activation("BTD"), _axes(sharding.B), _axes(sharding.F)
+    hidden, whole, cut = sharding.activation("BTD"), sharding.B, sharding.F
 
     def local(x_BTD: jax.Array, router_DE: jax.Array, *matrices: jax.Array) -> jax.Array:
         x_BTD, router_DE = _varying(x_BTD, cut), _varying(router_DE, (*whole, *cut))
@@ -37,10 +37,6 @@ def mixture(config: Any, sharding: Sharding, weights: dict[str, jax.Array], x_BT
         return jax.lax.psum(_local(config, (*whole, *cut), x_BTD, router_DE, *matrices), cut)
 
     return jax.shard_map(local, in_specs=(hidden, *specs), out_specs=hidden)(x_BTD, *used)
-
-
-def _axes(axes: MeshAxes) -> tuple[str, ...]:
-    return (axes,) if isinstance(axes, str) else axes or ()
 
 
 def _varying(x: jax.Array, axes: tuple[str, ...]) -> jax.Array:

@@ -4,14 +4,14 @@ Epigone runs on a mesh with three explicit axes, made in one line and set with `
 
     with jax.set_mesh(make_mesh(data=2, fsdp=2, tensor=2)): ...
 
-The batch is cut over `data` and `fsdp`; heads, feed-forward and vocabulary over `tensor`; the other axis
-of each weight over `fsdp`, and it is gathered just before use. With no mesh set the same code runs on
-the default device: every placement below is then the identity.
+The rules are a `Sharding` (`models/rules.py`). By default the batch is cut over `data` and `fsdp`; heads, feed-forward
+and vocabulary over `tensor`; the other axis of each weight over `fsdp`, and it is gathered just before use. Models on
+one mesh may have rules of their own. With no mesh set the same code runs on the default device: every placement below
+is then the identity.
 """
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -20,10 +20,9 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from epigone.errors import UserError
+from epigone.models.rules import Sharding
 
 AXES = ("data", "fsdp", "tensor")
-
-MeshAxes = str | tuple[str, ...] | None
 
 
 def make_mesh(data: int = 1, fsdp: int = 1, tensor: int = 1, devices: Sequence[jax.Device] | None = None) -> Mesh:
@@ -39,54 +38,6 @@ def make_mesh(data: int = 1, fsdp: int = 1, tensor: int = 1, devices: Sequence[j
             f"and there are {len(devices)}: choose sizes of at least 1 whose product is at most {len(devices)}"
         )
     return jax.make_mesh((data, fsdp, tensor), AXES, axis_types=(AxisType.Explicit,) * 3, devices=devices[:needed])
-
-
-@dataclass(frozen=True)
-class Sharding:
-    """The mesh axes over which each logical axis is cut. Letters are those of the shape suffixes.
-
-    Attributes:
-        B: mesh axes of the batch.
-        N: mesh axes of the query heads.
-        K: mesh axes of the key and value heads.
-        F: mesh axes of the feed-forward features.
-        V: mesh axes of the vocabulary.
-        D: mesh axes of the model features in weights; activations keep D whole.
-    """
-
-    B: MeshAxes = ("data", "fsdp")
-    N: MeshAxes = "tensor"
-    K: MeshAxes = "tensor"
-    F: MeshAxes = "tensor"
-    V: MeshAxes = "tensor"
-    D: MeshAxes = "fsdp"
-
-    def weight(self, letters: str) -> P:
-        """How a weight with these axes is stored, e.g. `LDNH`."""
-        return self._spec(letters, kept=letters)
-
-    def gathered(self, letters: str) -> P:
-        """How the same weight is used: D is whole, the rest stays cut."""
-        return self._spec(letters, kept=letters.replace("D", ""))
-
-    def activation(self, letters: str) -> P:
-        """How an activation with these axes lies, e.g. `BTNH`: like a weight, with D whole."""
-        return self._spec(letters, kept=letters.replace("D", ""))
-
-    def _spec(self, letters: str, kept: str) -> P:
-        placed: dict[str, str] = {}
-        spec: list[MeshAxes] = []
-        for letter in letters:
-            axes = getattr(self, letter, None) if letter in kept else None
-            for axis in (axes,) if isinstance(axes, str) else axes or ():
-                if axis in placed:
-                    raise UserError(
-                        f"logical axes {placed[axis]} and {letter} of an array {letters} are both on mesh axis "
-                        f"'{axis}': give each its own in Sharding, or None"
-                    )
-                placed[axis] = letter
-            spec.append(axes)
-        return P(*spec)
 
 
 def check(sharding: Sharding, shapes: Mapping[str, Sequence[int]], mesh: Mesh | None = None) -> None:
@@ -161,5 +112,4 @@ def named(spec: P) -> NamedSharding | None:
 def batch_parts(sharding: Sharding) -> int:
     """Into how many parts the current mesh cuts a batch."""
     sizes = dict(jax.sharding.get_abstract_mesh().shape)
-    axes = (sharding.B,) if isinstance(sharding.B, str) else sharding.B or ()
-    return math.prod(sizes.get(axis, 1) for axis in axes)
+    return math.prod(sizes.get(axis, 1) for axis in sharding.B)

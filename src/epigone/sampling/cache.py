@@ -30,11 +30,7 @@ with two, the compiler would copy the ring at every step."""
 
 def ring_sharding(sharding: Sharding) -> P:
     """Rings are cut over the axes of the batch and of the key heads; each device holds its own rows and heads."""
-    return P((*_axes(sharding.B), *_axes(sharding.K)) or None)
-
-
-def _axes(axes: str | tuple[str, ...] | None) -> tuple[str, ...]:
-    return (axes,) if isinstance(axes, str) else axes or ()
+    return P((*sharding.B, *sharding.K) or None)
 
 
 def empty_rings(model: Decoder, rows: int, columns: int) -> list[Ring]:
@@ -95,12 +91,12 @@ def lay(
     both times. Keys and values are [L, R, T, K, H] with T at most S.
     """
     sharding, columns = model.sharding, rings[0][0].shape[1]
-    whole = P(None, None, None, sharding.K, None)
+    whole = P(None, None, None, sharding.K or None, None)
 
     def local(ring: jax.Array, new_RTKH: jax.Array, slot_R: jax.Array, first: jax.Array) -> jax.Array:
         R, T, K, H = new_RTKH.shape
         rows = ring.shape[0] // K
-        begin = _index(_axes(sharding.B)) * rows
+        begin = _index(sharding.B) * rows
         padded = jnp.pad(new_RTKH.transpose(0, 2, 1, 3), ((0, 0), (0, 0), (0, columns - T), (0, 0)))
         turned = jnp.roll(padded, first % columns, axis=2)
 

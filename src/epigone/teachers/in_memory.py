@@ -13,22 +13,24 @@ from epigone.models.config import DecoderConfig
 from epigone.models.inside import Asked, Inside
 from epigone.models.language_model import BOS
 from epigone.models.ngram import NGramModel
+from epigone.models.rules import Sharding
 from epigone.models.sharding import spread
 from epigone.teachers import Batch, Signal, Teacher
 
 
 @dataclass(frozen=True)
 class DecoderStates:
-    """Forward pass of a decoder up to its head: its config is all that the compiled step depends on."""
+    """Forward pass of a decoder up to its head: config and rules on the mesh are all that the step depends on."""
 
     config: DecoderConfig
+    sharding: Sharding = Sharding()
 
     def __call__(self, params: Any, batch: Batch, fetched: Any = None) -> Hidden:
         return self.look_inside(params, batch, Asked())[0]
 
     def look_inside(self, params: Any, batch: Batch, asked: Asked) -> tuple[Hidden, Inside]:
         """The same, and what is asked for of single layers."""
-        return look_inside(nnx.merge(decoder.structure(self.config), params), batch, asked)
+        return look_inside(nnx.merge(decoder.structure(self.config, self.sharding), params), batch, asked)
 
     @property
     def head(self) -> Head:
@@ -61,16 +63,18 @@ class DecoderTeacher:
         tokenizer_identity: str,
         tokenizer_name: str = "unnamed",
         tokens: int | None = None,
+        sharding: Sharding = Sharding(),
     ) -> None:
         self.params = params
         self.vocab_size, self.tokens = config.vocab_size, tokens
         self.tokenizer_identity, self.tokenizer_name = tokenizer_identity, tokenizer_name
-        self.scores = DecoderStates(config)
+        self.scores = DecoderStates(config, sharding)
         self.head = self.scores.head
 
     def place(self) -> Any:
-        """The parameters, cut over the mesh that is set as the student's are."""
-        shardings = jax.tree.map(lambda leaf: leaf.sharding, decoder.abstract(self.scores.config))
+        """The parameters, cut over the mesh that is set by the teacher's own rules."""
+        abstract = decoder.abstract(self.scores.config, self.scores.sharding)
+        shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
         return spread(self.params, shardings)
 
     def head_alone(self) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 
 from epigone.errors import UserError
+from epigone.models.rules import Sharding
 from epigone.training.optimizer import Optimizer
 
 
@@ -54,6 +55,8 @@ class Hardware:
         data: devices over which the batch is cut, each with all weights.
         fsdp: devices over which the batch and the weights are cut.
         tensor: devices over which heads, feed-forward and vocabulary are cut.
+        student: the student's rules on this mesh: which axes of its arrays are cut over which of the mesh.
+        teacher: those of every teacher beside it.
         microbatches: parts into which a batch is cut in time, to save memory.
         checkpoint_every_seconds: time between two checkpoints; None for none by time.
         checkpoint_every_steps: steps between two checkpoints; None for none by steps.
@@ -62,6 +65,8 @@ class Hardware:
     data: int = 1
     fsdp: int = 1
     tensor: int = 1
+    student: Sharding = Sharding()
+    teacher: Sharding = Sharding()
     microbatches: int = 1
     checkpoint_every_seconds: float | None = 60.0
     checkpoint_every_steps: int | None = None

@@ -109,7 +109,7 @@ def train(
     """
     # ------------------------------------------------------------------ does it all fit?
     mesh = make_mesh(hardware.data, hardware.fsdp, hardware.tensor)
-    check_divisible(training.batch_size, hardware.microbatches, mesh)
+    check_divisible(training.batch_size, hardware.microbatches, mesh, hardware.student, hardware.teacher)
     check_compatible(objective, teacher, vocab_size=model.vocab_size)
     if isinstance(teacher, MeanTeacher):
         check_mean_teacher(objective, training.ema_decay, on_policy.share)
@@ -118,7 +118,7 @@ def train(
     own = OwnTexts(on_policy, model, training, objective, teacher, seed, mesh)
     several, first = jax.process_count() > 1, jax.process_index() == 0
     key = key or identity
-    student = Student(model, adapters)
+    student = Student(model, adapters, hardware.student)
     per_token = student.flops_per_token(training.sequence_length)
     per_token += teacher.flops_per_token(training.sequence_length) if teacher else 0
     if objective.inner and seen:
@@ -130,7 +130,7 @@ def train(
         begin, run_step = (program := programs(student, training, objective, teacher, mesh)).begin, program.step
         within = program.within
         checkpoints = Checkpointer(directory / "checkpoints", identity)
-        weights = partial(first_weights, model, seed, initial_params)
+        weights = partial(first_weights, model, hardware.student, seed, initial_params)
         learned = (student.abstract(), within.abstract() if within else {})
         restored = checkpoints.restore(_abstract(begin, learned, mesh) | {"own": own.kept})
         if restored is not None:

@@ -1,5 +1,6 @@
 """From each process's part of a batch to arrays on the mesh, cut into micro-batches."""
 
+import math
 from typing import Any
 
 import jax
@@ -8,22 +9,25 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from epigone.errors import UserError
-from epigone.models.sharding import Sharding
+from epigone.models.rules import Sharding
 
-BATCH_AXES: tuple[str, ...] = tuple(Sharding().B or ())
+BATCH_AXES = Sharding().B
+"""Those of the batch between models: as it is read, and where losses are taken."""
 
 
-def check_divisible(batch_size: int, microbatches: int, mesh: Mesh) -> None:
-    """Refuse a batch that devices, micro-batches or processes cannot share equally.
+def check_divisible(batch_size: int, microbatches: int, mesh: Mesh, *rules: Sharding) -> None:
+    """Refuse a batch that devices, micro-batches or processes cannot share equally, by the rules of any model.
 
     Raises: UserError with the numbers.
     """
+    for axes in dict.fromkeys([BATCH_AXES, *(rule.B for rule in rules)]):
+        devices = math.prod(mesh.shape[axis] for axis in axes if axis in mesh.shape)
+        if batch_size % (microbatches * devices):
+            raise UserError(
+                f"batch_size {batch_size} does not divide into {microbatches} micro-batches over {devices} devices "
+                f"({' x '.join(axes)}): make it a multiple of {microbatches * devices}, or change --hardware"
+            )
     devices = mesh.shape["data"] * mesh.shape["fsdp"]
-    if batch_size % (microbatches * devices):
-        raise UserError(
-            f"batch_size {batch_size} does not divide into {microbatches} micro-batches over {devices} devices (data x "
-            f"fsdp): make it a multiple of {microbatches * devices}, or change --hardware"
-        )
     if devices % jax.process_count():
         raise UserError(
             f"the batch is cut over {devices} devices (data x fsdp), and {jax.process_count()} processes cannot share "
