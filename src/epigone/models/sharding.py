@@ -16,7 +16,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from epigone.errors import UserError
@@ -105,8 +105,13 @@ def out(spec: P) -> P | None:
 
 
 def named(spec: P) -> NamedSharding | None:
-    """`spec` on the devices of the current mesh, for restore targets; None when no mesh is set."""
-    return NamedSharding(jax.sharding.get_mesh(), spec) if in_mesh() else None
+    """`spec` on the current mesh, for restore targets and for what is compiled ahead; None when no mesh is set."""
+    return NamedSharding(mesh_in_use(), spec) if in_mesh() else None
+
+
+def mesh_in_use() -> Mesh | AbstractMesh:
+    """The mesh that is set: with its devices, where it has some. Not to be called in what is traced."""
+    return jax.sharding.get_abstract_mesh() if jax.sharding.get_mesh().empty else jax.sharding.get_mesh()
 
 
 def batch_parts(sharding: Sharding) -> int:

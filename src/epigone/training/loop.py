@@ -11,8 +11,6 @@ from typing import Any
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
-from jax.sharding import NamedSharding
-from jax.sharding import PartitionSpec as P
 
 from epigone.data.pipeline import Batches
 from epigone.errors import Fault, Stopped
@@ -24,6 +22,7 @@ from epigone.models.sharding import make_mesh
 from epigone.teachers import Teacher, check_compatible, check_inside
 from epigone.teachers.in_memory import config_inside
 from epigone.teachers.mean_teacher import MeanTeacher, check_mean_teacher, weights_of
+from epigone.training.ahead import abstract_state
 from epigone.training.checkpoint import Checkpointer
 from epigone.training.config import Hardware, Training
 from epigone.training.metrics import Clock, Events, Progress, StepReport
@@ -132,7 +131,7 @@ def train(
         checkpoints = Checkpointer(directory / "checkpoints", identity)
         weights = partial(first_weights, model, hardware.student, seed, initial_params)
         learned = (student.abstract(), within.abstract() if within else {})
-        restored = checkpoints.restore(_abstract(begin, learned, mesh) | {"own": own.kept})
+        restored = checkpoints.restore(abstract_state(begin, learned) | {"own": own.kept})
         if restored is not None:
             state, about = restored
             own.kept = state.pop("own")
@@ -216,16 +215,6 @@ def train(
         curve=progress.curve,
         seconds=progress.seconds,
     )
-
-
-def _abstract(begin: Callable[..., Any], learned: tuple[Any, Any], mesh: jax.sharding.Mesh) -> Any:
-    """Shapes and shardings of the state, without making it."""
-
-    def on_mesh(leaf: Any) -> jax.ShapeDtypeStruct:
-        spec = leaf.sharding.spec if leaf.sharding else P()
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, spec))
-
-    return jax.tree.map(on_mesh, jax.eval_shape(begin, *learned))
 
 
 def _due(step: int, saved_at: float, training: Training, hardware: Hardware, several: bool) -> bool:

@@ -35,6 +35,11 @@ def check_divisible(batch_size: int, microbatches: int, mesh: Mesh, *rules: Shar
         )
 
 
+def batch_spec(ndim: int) -> P:
+    """How an array [microbatches, B, ...] of a batch lies on the mesh."""
+    return P(None, BATCH_AXES, *(None,) * (ndim - 2))
+
+
 def to_mesh(local: Any, microbatches: int, mesh: Mesh) -> Any:
     """A tree of host arrays [b, ...], this process's part, as global arrays [microbatches, B / microbatches, ...].
 
@@ -42,7 +47,7 @@ def to_mesh(local: Any, microbatches: int, mesh: Mesh) -> Any:
     """
     count = jax.process_count()
     parts = jax.tree.map(lambda x: np.asarray(x).reshape(microbatches, -1, *np.shape(x)[1:]), local)
-    shardings = jax.tree.map(lambda x: NamedSharding(mesh, P(None, BATCH_AXES, *(None,) * (x.ndim - 2))), parts)
+    shardings = jax.tree.map(lambda x: NamedSharding(mesh, batch_spec(x.ndim)), parts)
     if count == 1:
         return jax.device_put(parts, shardings)
 
