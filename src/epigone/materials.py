@@ -186,6 +186,10 @@ class Materials:
         self._models.move_to_end(key)
         return self._models[key]
 
+    def kept(self, node: Node) -> LanguageModel | None:
+        """The same, if it is at hand."""
+        return self._models.get(self.store.lineage.identities[node.key])
+
     def keep(self, node: Node, model: LanguageModel) -> None:
         """Remember a model, and forget the one that was not used for longest."""
         self._models[self.store.lineage.identities[node.key]] = model

@@ -1,6 +1,7 @@
 """The teachers of a node: what fits it, how they are asked, and what was kept of their scores."""
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 from epigone.data.packing import Rows
@@ -128,17 +129,22 @@ def ask(
 
 
 def _in_memory(key: str, materials: Materials, hardware: Hardware = Hardware()) -> Any:
-    """A teacher beside the student."""
+    """A teacher beside the student. Weights that are not at hand go from the disk to where they belong on the mesh."""
+    import jax
+
     from epigone.teachers import in_memory
+    from epigone.training.checkpoint import load_params
 
     parent = materials.store.lineage[key]
-    model: Any = materials.model(parent)
     tokenizer = materials.tokenizer(parent.tokenizer)
     if isinstance(parent.model, NGram):
-        return in_memory.NGramTeacher(model, tokenizer.vocabulary, tokenizer.name)
+        counts: Any = materials.model(parent)
+        return in_memory.NGramTeacher(counts, tokenizer.vocabulary, tokenizer.name)
+    # What one process has at hand another may not have, and all must read together.
+    kept: Any = materials.kept(parent) if jax.process_count() == 1 else None
     return in_memory.DecoderTeacher(
-        model.config,
-        model.params,
+        fill(parent.model, tokenizer),
+        kept.params if kept else partial(load_params, materials.store.weights(parent)),
         tokenizer.vocabulary,
         tokenizer.name,
         tokens=tokenizer.tokens,

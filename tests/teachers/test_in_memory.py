@@ -16,8 +16,10 @@ from epigone.lessons.objective import Objective
 from epigone.models import decoder
 from epigone.models.config import DecoderConfig
 from epigone.models.ngram import NGram, NGramModel
+from epigone.models.rules import Sharding
 from epigone.models.sharding import make_mesh
 from epigone.teachers.in_memory import DecoderTeacher, NGramTeacher, context_windows
+from epigone.training.checkpoint import load_params, save_params
 
 CONFIG = DecoderConfig(vocab_size=64, layers=1, model_size=16, heads=2, max_length=16)
 
@@ -127,6 +129,26 @@ def test_decoder_teacher_gives_the_states_of_its_own_logits_on_any_mesh():
     allowed = [v for v in range(64) if v not in CONFIG.specials.never]
     logits = np.asarray(hidden_BTD) @ np.asarray(head_VD).T
     np.testing.assert_allclose(logits[..., allowed], expected[..., allowed], rtol=1e-5, atol=1e-5)
+
+
+def test_weights_go_from_a_disk_to_their_places_and_are_nowhere_whole(tmp_path):
+    params = decoder.init(CONFIG, 0)
+    save_params(tmp_path / "model", params)
+    asked = []
+
+    def read(abstract):
+        asked.append(abstract)
+        return load_params(tmp_path / "model", abstract)
+
+    with jax.set_mesh(make_mesh(2, 2, 2)):
+        placed = DecoderTeacher(CONFIG, read, "id", sharding=Sharding(D=("data", "fsdp"))).place()
+    up = asked[0]["layers"]["up_LDF"].get_value()
+    assert up.sharding.shard_shape(up.shape) == (up.shape[0], up.shape[1] // 4, up.shape[2] // 2)
+    for mine, wanted, target in zip(*map(jax.tree.leaves, (placed, params, asked[0])), strict=True):
+        assert mine.sharding == target.sharding
+        np.testing.assert_array_equal(mine, wanted)
+    teacher = DecoderTeacher(CONFIG, read, "id")
+    np.testing.assert_array_equal(teacher.head_alone()["head_VD"], params["outer"]["embedding_VD"][...])
 
 
 def test_teachers_of_one_shape_share_a_compiled_step():

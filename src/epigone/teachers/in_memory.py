@@ -52,7 +52,17 @@ def config_inside(teacher: Teacher | None) -> DecoderConfig | None:
 
 
 class DecoderTeacher:
-    """A decoder that reads each batch within the student's step, on the same mesh."""
+    """A decoder that reads each batch within the student's step, on the same mesh.
+
+    Args:
+        config: the decoder's, its vocab_size filled in.
+        params: its weights, or a function from their shapes and places to them, such as one that reads them from a
+            disk: then nobody ever holds all of them.
+        tokenizer_identity: of the tokens that it reads.
+        tokenizer_name: for messages.
+        tokens: how many there are; None for vocab_size.
+        sharding: its rules on the mesh.
+    """
 
     signal = Signal.HIDDEN_STATES
 
@@ -74,12 +84,15 @@ class DecoderTeacher:
     def place(self) -> Any:
         """The parameters, cut over the mesh that is set by the teacher's own rules."""
         abstract = decoder.abstract(self.scores.config, self.scores.sharding)
-        shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
-        return spread(self.params, shardings)
+        if callable(self.params):
+            return self.params(abstract)
+        return spread(self.params, jax.tree.map(lambda leaf: leaf.sharding, abstract))
 
     def head_alone(self) -> dict[str, Any]:
         """Its head, for a lesson that keeps its hidden states."""
-        return {"head": self.head, "head_VD": nnx.merge(decoder.structure(self.scores.config), self.params).head_VD}
+        config = self.scores.config
+        params = self.params(decoder.abstract(config)) if callable(self.params) else self.params
+        return {"head": self.head, "head_VD": nnx.merge(decoder.structure(config), params).head_VD}
 
     def fetch(self, batch: Batch) -> dict[str, Any]:
         """Nothing: all is in the step."""
