@@ -11,13 +11,10 @@ from pathlib import Path
 
 _M_TRIM_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -4, -8
 _KEEP = 2**31 - 1
-_VIRTUAL_DEVICES = "xla_force_host_platform_device_count"
-_ORDER = "xla_cpu_enable_concurrency_optimized_scheduler"
 
 
 def prepare() -> None:
-    """Set what is not set: compilations are cached on disk, large blocks of memory are used again, and devices that are
-    made of one processor wait for each other in one order.
+    """Set what is not set: compilations are cached on disk, and large blocks of memory are used again.
 
     A training step on a CPU takes and gives back arrays of many megabytes. By default the allocator maps each one anew,
     and the system fills every page with zeros first, which costs more than the arithmetic on it. Kept blocks cost none.
@@ -28,7 +25,6 @@ def prepare() -> None:
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache))
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-    _order_collectives()
     # Orbax logs the traceback of what it also raises; the command line tells that in one line.
     logging.getLogger("absl").setLevel(logging.CRITICAL)
     if sys.platform == "linux" and not {"MALLOC_MMAP_MAX_", "MALLOC_TRIM_THRESHOLD_", "LD_PRELOAD"} & set(os.environ):
@@ -37,13 +33,3 @@ def prepare() -> None:
             mallopt(_M_ARENA_MAX, 1)
             mallopt(_M_MMAP_MAX, 0)
             mallopt(_M_TRIM_THRESHOLD, _KEEP)
-
-
-def _order_collectives() -> None:
-    """XLA's default order of operations on a CPU lets two virtual devices come to two collectives the other way round.
-
-    Each then waits for the other until XLA ends the process. The plain order is the same on all of them.
-    """
-    flags, several = os.environ.get("XLA_FLAGS", ""), os.environ.get("JAX_NUM_PROCESSES", "1") != "1"
-    if (several or _VIRTUAL_DEVICES in flags) and _ORDER not in flags:
-        os.environ["XLA_FLAGS"] = f"{flags} --{_ORDER}=false".strip()

@@ -16,8 +16,6 @@ from training_toy import MODEL, TRAINING, Counting, losses, measures, own_texts,
 
 from epigone.errors import Fault, UserError
 from epigone.lessons.divergences import cross_entropy, forward_kl, jsd
-from epigone.lessons.inner import Match
-from epigone.lessons.match_kinds import Relations, States
 from epigone.lessons.objective import TEXT_ALONE, Objective
 from epigone.models import decoder
 from epigone.models.adapters import LowRank
@@ -136,14 +134,12 @@ OVER_ALL = Sharding(D=("data", "fsdp"))
 
 @pytest.mark.parametrize(
     ("kind", "rules"),
-    [("scores", COPIES), ("scores", PIECES), ("inside", COPIES), ("own texts", COPIES), ("adapters", PIECES)],
-    ids=["data-parallel", "cut", "inside the teacher", "own texts", "adapters"],
+    [("scores", COPIES), ("scores", PIECES), ("own texts", COPIES), ("adapters", PIECES)],
+    ids=["data-parallel", "cut", "own texts", "adapters"],
 )
 def test_student_and_teacher_have_rules_of_their_own(kind, rules, tmp_path):
     """A teacher that is cut over everything, beside a student that is whole, or cut another way, on each device."""
     given = {"objective": Objective(forward_kl), "teacher": taught(5)}
-    if kind == "inside":
-        given["objective"] = Objective(forward_kl, inner=(Match(States()), Match(Relations(heads=2))))
     if kind == "adapters":
         given["adapters"] = LowRank(rank=2)
     given |= own_texts() if kind == "own texts" else {}
