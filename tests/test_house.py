@@ -54,7 +54,7 @@ MAY_IMPORT = {
     "writing": {"errors", "lineage", "models"},
     "measure": {"lineage", "materials", "data", "evaluate", "models", "view"},
     "models": {"devices", "errors", "identity"},
-    "interchange": {"errors", "models"},
+    "interchange": {"errors", "models", "storage"},
     "data": {"errors", "models", "storage"},
     "lessons": {"devices", "errors", "identity"},
     "teachers": {"errors", "models", "lessons", "data", "sampling", "storage"},

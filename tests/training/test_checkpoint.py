@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
+from toy_checkpoints import IDENTITY, equal, restore, state, with_steps
 from training_toy import MODEL
 
 from epigone.errors import Fault, UserError
@@ -16,29 +17,6 @@ from epigone.models import decoder
 from epigone.models.sharding import make_mesh
 from epigone.training import sealed_on_disk
 from epigone.training.checkpoint import Checkpointer, load_params, save_params
-
-IDENTITY = "0123456789abcdef"
-
-
-def state(seed):
-    key = jax.random.key(seed)
-    return {"step": jnp.int32(seed), "params": {"a_DF": jax.random.normal(key, (16, 8)), "b_D": jnp.zeros(16)}}
-
-
-def equal(a, b):
-    return jax.tree.all(jax.tree.map(lambda x, y: np.array_equal(x, y) and x.dtype == y.dtype, a, b))
-
-
-def with_steps(directory, *steps):
-    checkpoints = Checkpointer(directory, IDENTITY)
-    for step in steps:
-        checkpoints.save(step, state(step), {"seen": step})
-    checkpoints.close()
-    return checkpoints
-
-
-def restore(directory, abstract=None, identity=IDENTITY):
-    return Checkpointer(directory, identity).restore(state(0) if abstract is None else abstract)
 
 
 def largest(directory):
@@ -170,7 +148,7 @@ def test_a_full_disk_is_one_line_and_harms_nothing(tmp_path, monkeypatch):
     def full(path):
         raise OSError(errno.ENOSPC, "No space left on device", str(path))
 
-    monkeypatch.setattr(sealed_on_disk, "checksum", full)
+    monkeypatch.setattr(sealed_on_disk, "sealed_as", full)
     checkpoints = Checkpointer(tmp_path, IDENTITY)
     checkpoints.save(7, state(7), {})
     with pytest.raises(Fault, match=r"could not write .*step_00000007: .*No space left"):

@@ -15,6 +15,7 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from object_stores import trouble
+from toy_checkpoints import IDENTITY, equal, restore, state, with_steps
 from training_toy import MODEL, losses, run
 
 from epigone.errors import Fault, UserError
@@ -24,28 +25,6 @@ from epigone.storage.places import entries, write_whole
 from epigone.training import stored_arrays
 from epigone.training.checkpoint import Checkpointer, load_params, save_params
 from epigone.training.sealed import Damaged
-
-IDENTITY = "0123456789abcdef"
-
-
-def state(seed):
-    key = jax.random.key(seed)
-    return {"step": jnp.int32(seed), "params": {"a_DF": jax.random.normal(key, (16, 8)), "b_D": jnp.zeros(16)}}
-
-
-def equal(a, b):
-    return jax.tree.all(jax.tree.map(lambda x, y: np.array_equal(x, y) and x.dtype == y.dtype, a, b))
-
-
-def with_steps(directory, *steps):
-    checkpoints = Checkpointer(directory, IDENTITY)
-    for step in steps:
-        checkpoints.save(step, state(step), {"seen": step})
-    checkpoints.close()
-
-
-def restore(directory, abstract=None, identity=IDENTITY):
-    return Checkpointer(directory, identity).restore(state(0) if abstract is None else abstract)
 
 
 def object_of(directory, ending):

@@ -1,4 +1,4 @@
-"""Hashes of large files: of samples, in no time, and of all their bytes."""
+"""Hashes of large files: of samples, in no time."""
 
 import hashlib
 from pathlib import Path
@@ -20,9 +20,3 @@ def update_with_samples(digest: Any, path: Path) -> None:
         for block in range(_BLOCKS):
             file.seek(max(size - _BLOCK, 0) * block // (_BLOCKS - 1))
             digest.update(file.read(_BLOCK))
-
-
-def checksum(path: Path) -> str:
-    """SHA-256 of a whole file, as 64 hexadecimal digits."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from epigone.errors import UserError
-from epigone.interchange.digests import checksum, update_with_samples
+from epigone.interchange.digests import update_with_samples
 from epigone.interchange.families import QWEN2
 from epigone.interchange.gguf_architectures import (
     ARCHITECTURES,
@@ -29,6 +29,7 @@ from epigone.interchange.gguf_architectures import (
 from epigone.interchange.safetensors_files import Tensors
 from epigone.interchange.tensors import Box
 from epigone.models.rope import Llama3Scaling, frequencies
+from epigone.storage.folders import checksum
 
 
 class GGUFFile:

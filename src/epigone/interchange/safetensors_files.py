@@ -14,8 +14,9 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from epigone.errors import UserError
-from epigone.interchange.digests import checksum, update_with_samples
+from epigone.interchange.digests import update_with_samples
 from epigone.interchange.tensors import Box
+from epigone.storage.folders import checksum
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 DTYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}

@@ -57,7 +57,7 @@ def writing(folder: Path) -> Iterator[Path]:
 def upload(local: Path, folder: Path) -> None:
     """Make a folder of this disk appear whole in a bucket, unless another writer was first."""
     paths = {str(path.relative_to(local)): path for path in sorted(local.rglob("*")) if path.is_file()}
-    sums = {name: [path.stat().st_size, checksum(path)] for name, path in paths.items()}
+    sums = {name: sealed_as(path) for name, path in paths.items()}
     part, files = uuid.uuid4().hex[:12], client(folder)
     files.put([str(path) for path in paths.values()], [str(folder / part / name) for name in paths])
     there = {name: entry.size for name, entry in entries(folder / part).items()}
@@ -109,9 +109,8 @@ def _download(folder: Path, part: str, sums: dict[str, Any], partial: Path) -> N
         client(folder).get([str(folder / part / name) for name in sums], [str(partial / name) for name in sums])
     except FileNotFoundError as error:
         raise Fault(f"{folder} is damaged (files are missing): delete it to make it again") from error
-    for name, (size, sha256) in sums.items():
-        path = partial / name
-        if path.stat().st_size != size or checksum(path) != sha256:
+    for name, said in sums.items():
+        if sealed_as(partial / name) != said:
             raise Fault(f"{folder} is damaged ({name} is not what was written): delete it to make it again")
 
 
@@ -131,6 +130,11 @@ def _appearing(local: Path) -> Iterator[Path]:
             shutil.rmtree(partial, ignore_errors=True)
         else:
             partial.unlink(missing_ok=True)
+
+
+def sealed_as(path: Path) -> list[Any]:
+    """Size and SHA-256 of a file on this disk, as manifests have them."""
+    return [path.stat().st_size, checksum(path)]
 
 
 def checksum(path: Path) -> str:

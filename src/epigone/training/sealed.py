@@ -4,7 +4,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-MANIFEST = "manifest.json"
+from epigone.storage.folders import MANIFEST
+
+__all__ = ["MANIFEST", "Damaged", "read_manifest"]
 
 
 class Damaged(Exception):

@@ -1,13 +1,13 @@
 """Checkpoints on a disk: written under a hidden name, and renamed when their manifest is there."""
 
-import hashlib
 import json
 import os
 import shutil
 from pathlib import Path
 from typing import Any
 
-from epigone.training.sealed import Damaged, read_manifest
+from epigone.storage.folders import sealed_as
+from epigone.training.sealed import MANIFEST, Damaged, read_manifest
 
 
 def begin(final: Path) -> int:
@@ -31,8 +31,8 @@ def sealed(final: Path, _: dict[str, Any]) -> Path:
 def seal(final: Path, number: int, manifest: dict[str, Any]) -> None:
     """Write the manifest, and give the directory its name in one step."""
     hidden = written(final, number)
-    files = {str(p.relative_to(hidden)): checksum(p) for p in sorted(hidden.rglob("*")) if p.is_file()}
-    with (hidden / "manifest.json").open("w") as file:
+    files = {str(p.relative_to(hidden)): sealed_as(p) for p in sorted(hidden.rglob("*")) if p.is_file()}
+    with (hidden / MANIFEST).open("w") as file:
         json.dump(manifest | {"files": files}, file)
         file.flush()
         os.fsync(file.fileno())
@@ -53,7 +53,7 @@ def verify(directory: Path) -> dict[str, Any]:
         path = directory / name
         if not path.is_file():
             raise Damaged(f"{name} is missing")
-        if checksum(path) != said:
+        if sealed_as(path) != said:
             raise Damaged(f"{name} has another size or checksum than it was written with")
     return manifest
 
@@ -84,9 +84,3 @@ def set_aside(path: Path) -> None:
 def remove(path: Path) -> None:
     """Delete one that is sealed."""
     shutil.rmtree(path)
-
-
-def checksum(path: Path) -> list[Any]:
-    """Size and SHA-256 of a file."""
-    with path.open("rb") as file:
-        return [path.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest()]

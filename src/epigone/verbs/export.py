@@ -15,10 +15,10 @@ import tyro
 from epigone import __version__
 from epigone.cli import Place
 from epigone.errors import UserError
-from epigone.interchange.digests import checksum
 from epigone.materials import fill
 from epigone.models.language_model import Specials
 from epigone.opened import OpenedNode, open_node
+from epigone.storage.folders import checksum
 from epigone.verbs.model_card import model_card
 
 MANIFEST = "epigone.json"
