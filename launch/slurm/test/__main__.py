@@ -107,13 +107,13 @@ def stopped_jobs_go_on(folder: Path) -> None:
     until("it trains", lambda: state(job) != "COMPLETED" and steps(place))
     ask("scancel", "--signal=TERM", "--batch", job)  # what --signal=B:TERM@180 does
     until("the script has put it back", lambda: restarts(job) == 1)
-    ask("scontrol", "update", f"JobId={job}", "StartTime=now")
+    start_now(job)
     log = place / f"slurm-epigone-{job}.log"
     first = int(found(log, r"stopped at step (\d+) of")[-1])
-    until("it goes on", lambda: steps(place) > first)
+    until("it goes on", lambda: state(job) != "COMPLETED" and steps(place) > first)
     ask("scontrol", "requeue", job)  # what a preemption does
     until("SLURM has put it back", lambda: restarts(job) == 2)
-    ask("scontrol", "update", f"JobId={job}", "StartTime=now")
+    start_now(job)
     until("it is done", lambda: state(job) == "COMPLETED")
     second = [int(step) for step in found(log, r"stopped at step (\d+) of")][-1]
     here = record(place, "teacher@0")
@@ -163,6 +163,15 @@ def submit(place: Path, *arguments: str) -> str:
 def ask(*command: str) -> str:
     """The output of one of SLURM's programs."""
     return subprocess.run(command, capture_output=True, text=True).stdout
+
+
+def start_now(job: str) -> None:
+    """Of a job that was put back, which SLURM itself starts again after two minutes.
+
+    For some seconds a node still refuses it ("Job credential revoked"): times of revocation are whole seconds.
+    """
+    time.sleep(5)
+    ask("scontrol", "update", f"JobId={job}", "StartTime=now")
 
 
 def state(job: str) -> str:
