@@ -6,8 +6,8 @@ What     On the Bible in Basic English: a transformer teacher, and students of h
          hard labels that fade in, a temperature that cools; and the text alone (control).
 Why      Papers compare two or three of these at a time, each with a convention of its own. Here they are one field.
 Command  epigone run configs/objectives.py
-Cost     Measured: 35 nodes of 45 to 90 seconds of one core each; with one process a node (--node) five and a half
-         minutes on ten cores.
+Cost     Measured: 35 nodes, twelve minutes on two cores (15 minutes of processor time); with --node, one
+         process a node, five and a half minutes on ten cores.
 Expect   Held-out perplexity: teacher 57, forward KL 69, JSD 76, reverse KL 87, the text alone 96, squared logits far
          behind. Hard labels that fade in cost nothing; half of the weight on them all the time does, and so does
          temperature 2.

@@ -27,6 +27,7 @@ from epigone.lessons.objective import TEXT_ALONE, Objective
 from epigone.models import decoder
 from epigone.models.config import DecoderConfig
 from epigone.models.sharding import make_mesh
+from epigone.training.sharding import BATCH_AXES
 
 OBJECTIVES = {
     "forward_kl": Objective(forward_kl, temperature=2.0),
@@ -142,7 +143,7 @@ def test_splitting_over_devices_changes_nothing(alone):
     batch = layout([[i] for i in range(6)], 8, 8)
     with jax.set_mesh(make_mesh(2, 2, 2)):
         models = sure(0), sure(1)
-        cut = Batch(*(jax.device_put(array, P(("data", "fsdp"), None)) for array in batch))
+        cut = Batch(*(jax.device_put(array, P(BATCH_AXES, None)) for array in batch))
         totals = jax.tree.map(np.asarray, sums(*models, cut))
     same(jax.tree.map(lambda total: total / batch.weights_BT.sum(), totals), alone)
 

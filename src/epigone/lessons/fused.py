@@ -245,11 +245,11 @@ def _chunk(how: Fused, work: _Chunked, carry: Any, part: Any) -> tuple[Any, Any]
     by_hidden_CD = jnp.einsum("cv,vd->cd", by_raw_CV, work.student[0], preferred_element_type=jnp.float32)
     if how.mesh.vocab is not None:
         by_hidden_CD = jax.lax.psum(by_hidden_CD, how.mesh.vocab)
-    by_weight_VD = _add_product(carry[1][0], by_raw_CV, hidden_CD)
+    by_weight_VD = _add_product(carry[1][0], by_raw_CV, hidden_CD, len(jax.tree.leaves(work.parts)[0]))
     return (total, (by_weight_VD, by_bias_V)), (loss_PR.reshape(-1), by_hidden_CD.astype(hidden_CD.dtype))
 
 
-def _add_product(sum_VD: jax.Array, by_raw_CV: jax.Array, hidden_CD: jax.Array) -> jax.Array:
+def _add_product(sum_VD: jax.Array, by_raw_CV: jax.Array, hidden_CD: jax.Array, pieces: int) -> jax.Array:
     """sum + by_raw.T @ hidden. On a CPU a few rows at a time: XLA would write the whole product, and read it again."""
 
     def by_weight(by_raw: jax.Array) -> jax.Array:
@@ -257,7 +257,7 @@ def _add_product(sum_VD: jax.Array, by_raw_CV: jax.Array, hidden_CD: jax.Array) 
 
     V, D = sum_VD.shape
     size = min(V, max(1, SUM_BYTES // (4 * D)))
-    if platform_in_use() != "cpu" or size == V:
+    if platform_in_use() != "cpu" or size == V or pieces == 1:
         return sum_VD + by_weight(by_raw_CV)
 
     def add(first: Any, size: int, sum_VD: jax.Array) -> jax.Array:
@@ -280,10 +280,9 @@ def _rows(how: Fused, work: _Chunked, carry: Any, part: Any) -> tuple[Any, jax.A
 
     raw_RV = jax.lax.dynamic_slice_in_dim(raw_CV, first, work.R)
     more, pull, loss_R = jax.vjp(loss, raw_RV, work.student[1], has_aux=True)
-    by_raw_RV, more_V = pull(jnp.ones_like(more))
     # A loss that is not a number has no gradient. What matters is that the gradient depends on the loss: else XLA may
     # want to read these rows after they are written over, and copies the whole chunk at every few rows of it.
-    by_raw_RV = jnp.where(jnp.isnan(more), jnp.nan, by_raw_RV)
+    by_raw_RV, more_V = pull(jnp.where(jnp.isnan(more), jnp.nan, 1.0).astype(more.dtype))
     raw_CV = jax.lax.dynamic_update_slice_in_dim(raw_CV, by_raw_RV, first, 0)
     return (total + more, jax.tree.map(jnp.add, by_bias_V, more_V), raw_CV), loss_R
 

@@ -38,7 +38,19 @@ def floored(logits: jax.Array, temperature: float | jax.Array) -> jax.Array:
     """logits / temperature in float32 (float64 for float64 logits), at least -1e9."""
     wide = widened(logits)
     plain = isinstance(temperature, int | float) and temperature == 1.0
-    return jnp.maximum(wide if plain else wide / temperature, FLOOR)
+    return _floored(wide if plain else wide / temperature)
+
+
+@jax.custom_jvp
+def _floored(x: jax.Array) -> jax.Array:
+    return jnp.where(x < FLOOR, FLOOR, x)
+
+
+@_floored.defjvp
+def _floored_jvp(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
+    """From the result, and not from x, which a loop would have to copy before it writes the gradient over it."""
+    floored = _floored(*primals)
+    return floored, jnp.where(floored == FLOOR, 0.0, 1.0) * tangents[0]
 
 
 Normaliser = tuple[jax.Array, jax.Array]
@@ -89,6 +101,9 @@ def summed(terms_BTV: jax.Array, vocab_axis: str | None) -> jax.Array:
     return total_BT if vocab_axis is None else jax.lax.psum(total_BT, vocab_axis)
 
 
+_Function = Callable[..., jax.Array]
+
+
 class Terms(NamedTuple):
     """A divergence as a sum over the vocabulary. Functions of (log S, log P, more) that give [..., V].
 
@@ -99,30 +114,30 @@ class Terms(NamedTuple):
         balanced: which of the two derivatives sum to 0 over the vocabulary.
     """
 
-    value: Callable[..., jax.Array]
-    student: Callable[..., jax.Array]
-    teacher: Callable[..., jax.Array]
+    value: _Function
+    student: _Function
+    teacher: _Function
     balanced: tuple[bool, bool] = (False, False)
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0, 1))
 def summed_terms(terms: Terms, vocab_axis: str | None, student: jax.Array, teacher: jax.Array, more: Any) -> jax.Array:
     """The sum [...] of terms of log softmax(student) and log softmax(teacher) [..., V]; `more` is constant."""
-    logs = [log_softmax(logits, normaliser(logits, vocab_axis)) for logits in (student, teacher)]
-    return summed(terms.value(*logs, more), vocab_axis)
+    log_s, log_p = (log_softmax(logits, normaliser(logits, vocab_axis)) for logits in (student, teacher))
+    return summed(terms.value(log_s, log_p, more), vocab_axis)
 
 
 @partial(summed_terms.defjvp, symbolic_zeros=True)
 def _summed_terms_jvp(terms: Terms, vocab_axis: str | None, primals: Any, tangents: Any) -> tuple[jax.Array, Any]:
     *logits, more = primals
-    logs = [log_softmax(x, normaliser(x, vocab_axis)) for x in logits]
-    value = summed(terms.value(*logs, more), vocab_axis)
+    log_s, log_p = logs = [log_softmax(x, normaliser(x, vocab_axis)) for x in logits]
+    value = summed(terms.value(log_s, log_p, more), vocab_axis)
     change = jnp.zeros_like(value)
     for side, slope in enumerate((terms.student, terms.teacher)):
         if isinstance(tangents[side], SymbolicZero):
             continue
         # d/d logits = slope - softmax * (sum of slopes).
-        by_logits = slope(*logs, more)
+        by_logits = slope(log_s, log_p, more)
         if not terms.balanced[side]:
             by_logits -= jnp.exp(logs[side]) * summed(by_logits, vocab_axis)[..., None]
         change += summed(by_logits * tangents[side], vocab_axis)
@@ -173,14 +188,28 @@ FORWARD_KL = Terms(
 REVERSE_KL = Terms(
     lambda s, p, _: kl(s, p), lambda s, p, _: kl_by_first(s, p), lambda s, p, _: difference(p, s), (False, True)
 )
-MIXED_KL = Terms(
+
+
+def _apart(value: _Function, student: _Function, teacher: _Function) -> Terms:
+    """Terms of these, 0 at log S = log P by decree.
+
+    On a CPU it counts that this is their last step: a sum takes ten times as long where XLA leaves it some products.
+    """
+
+    def one(function: _Function) -> _Function:
+        return lambda s, p, more: jnp.where(s == p, 0.0, function(s, p, more))
+
+    return Terms(one(value), one(student), one(teacher))
+
+
+MIXED_KL = _apart(
     lambda s, p, w: (1.0 - w) * kl(p, s) + w * kl(s, p),
     lambda s, p, w: (1.0 - w) * difference(s, p) + w * kl_by_first(s, p),
     lambda s, p, w: (1.0 - w) * kl_by_first(p, s) + w * difference(p, s),
 )
 """(1 - w) KL(P || S) + w KL(S || P), with w in `more`."""
 
-TOTAL_VARIATION = Terms(
+TOTAL_VARIATION = _apart(
     lambda s, p, _: 0.5 * jnp.abs(difference(p, s)),
     lambda s, p, _: 0.5 * jnp.sign(difference(s, p)) * jnp.exp(s),
     lambda s, p, _: 0.5 * jnp.sign(difference(p, s)) * jnp.exp(p),
@@ -199,7 +228,7 @@ def jsd_terms(beta: float) -> Terms:
     def of_teacher(s: jax.Array, p: jax.Array, _: Any) -> jax.Array:
         return beta * jnp.exp(p) * _log_over_mixture(beta, p - s)[1]
 
-    return Terms(lambda *given: of_student(*given) + of_teacher(*given), of_student, of_teacher)
+    return _apart(lambda *given: of_student(*given) + of_teacher(*given), of_student, of_teacher)
 
 
 def skew_terms(alpha: float, forward: bool) -> Terms:
@@ -213,7 +242,7 @@ def skew_terms(alpha: float, forward: bool) -> Terms:
 
     def pull(p: jax.Array, q: jax.Array) -> jax.Array:
         q_over_m, p_over_m = _log_over_mixture(alpha, p - q)
-        return (1.0 - alpha) * jnp.where(p == q, 0.0, jnp.exp(q_over_m) - jnp.exp(p_over_m))
+        return (1.0 - alpha) * difference(q_over_m, p_over_m)
 
     def by_p(p: jax.Array, q: jax.Array) -> jax.Array:
         return jnp.exp(p) * (_log_over_mixture(alpha, p - q)[1] + alpha * pull(p, q))
@@ -222,12 +251,12 @@ def skew_terms(alpha: float, forward: bool) -> Terms:
         return (1.0 - alpha) * jnp.exp(q) * pull(p, q)
 
     if forward:
-        return Terms(lambda s, p, _: value(p, s), lambda s, p, _: by_q(p, s), lambda s, p, _: by_p(p, s))
-    return Terms(lambda s, p, _: value(s, p), lambda s, p, _: by_p(s, p), lambda s, p, _: by_q(s, p))
+        return _apart(lambda s, p, _: value(p, s), lambda s, p, _: by_q(p, s), lambda s, p, _: by_p(p, s))
+    return _apart(lambda s, p, _: value(s, p), lambda s, p, _: by_p(s, p), lambda s, p, _: by_q(s, p))
 
 
 def _log_over_mixture(beta: float, r: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """log S/M and log P/M from r = log P - log S; exactly 0 at r = 0, and no overflow at any r."""
+    """log S/M and log P/M from r = log P - log S; no overflow at any r."""
     larger_over_m = -jnp.log1p(jnp.where(r > 0, 1.0 - beta, beta) * jnp.expm1(-jnp.abs(r)))
     smaller_over_m = larger_over_m - jnp.abs(r)
     return jnp.where(r > 0, smaller_over_m, larger_over_m), jnp.where(r > 0, larger_over_m, smaller_over_m)
@@ -257,7 +286,7 @@ def alpha_beta_terms(alpha: float, beta: float) -> Terms:
     def by_teacher(s: jax.Array, p: jax.Array, _: Any) -> jax.Array:
         return slope(p, s, beta, jnp.exp(alpha * p + beta * s))
 
-    return Terms(value, by_student, by_teacher)
+    return _apart(value, by_student, by_teacher)
 
 
 def _bracket(share: float, z: jax.Array) -> jax.Array:
