@@ -7,10 +7,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from decoder_variants import LLAMA
+from decoder_variants import LLAMA, rows
 
+from epigone.models.decoder import apply, init, structure
 from epigone.models.experts import block_rows, blocked_product, mixture, permuted, route
-from epigone.models.sharding import Sharding
+from epigone.models.sharding import Sharding, make_mesh
 
 RNG = np.random.default_rng(0)
 CONFIG = dataclasses.replace(LLAMA, experts=6, experts_per_token=3)
@@ -122,3 +123,53 @@ def test_rows_return_to_their_places_and_gradients_too():
 
 def test_blocks_take_in_an_experts_mean_share():
     assert [block_rows(rows, 8) for rows in (8, 64, 65, 512, 100_000)] == [8, 8, 16, 64, 256]
+
+
+WHOLE = Sharding(E=())
+EIGHT = dataclasses.replace(LLAMA, layers=1, experts=8, experts_per_token=3, max_length=64)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "rules", "held"),
+    [
+        ((1, 1, 1, 4), Sharding(), 2),
+        ((1, 2, 2, 2), Sharding(), 4),
+        ((1, 1, 1, 8), Sharding(), 1),
+        ((2, 1, 1, 2), Sharding(B=("data",)), 4),
+        ((1, 1, 1, 4), WHOLE, 8),
+    ],
+    ids=["experts", "experts, features and rows", "one each", "rows whole along the experts", "each has all experts"],
+)
+def test_wherever_experts_are_tokens_get_the_same(sizes, rules, held):
+    """Values and all gradients, those of the router among them."""
+    batch = rows(EIGHT, B=8)
+
+    def both(params, batch, rules):
+        def loss(params):
+            logits = apply(structure(EIGHT, rules), params, *batch)
+            return jax.nn.log_softmax(logits)[..., 5].mean(), logits
+
+        return jax.value_and_grad(loss, has_aux=True)(params)
+
+    alone = jax.jit(both, static_argnums=2)(init(EIGHT, 0), batch, Sharding())
+    with jax.set_mesh(make_mesh(*sizes)):
+        params = init(EIGHT, 0, rules)
+        up = params["layers"]["up_LEDF"][...]
+        assert up.addressable_shards[0].data.shape[1] == held
+        cut = [jax.device_put(x, jax.P(rules.B)) for x in batch]
+        on_mesh = jax.jit(both, static_argnums=2)(params, cut, rules)
+    for value, expected in zip(jax.tree.leaves(on_mesh), jax.tree.leaves(alone), strict=True):
+        np.testing.assert_allclose(value, expected, atol=1e-5)
+
+
+def test_what_is_exchanged_is_tokens_and_only_where_experts_are_cut():
+    def program(sizes):
+        with jax.set_mesh(make_mesh(*sizes)):
+            batch = [jax.device_put(x, jax.P(Sharding().B)) for x in rows(EIGHT, B=8)]
+            return str(jax.make_jaxpr(lambda params, *batch: apply(EIGHT, params, *batch))(init(EIGHT, 0), *batch))
+
+    cut, whole = program((1, 1, 1, 4)), program((4, 1, 1, 1))
+    assert "reduce_scatter" in cut
+    assert "all_gather[" in cut
+    assert "reduce_scatter" not in whole
+    assert "all_gather[" not in whole

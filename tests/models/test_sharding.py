@@ -78,14 +78,15 @@ def test_logits_stay_cut_when_no_row_is_padded():
     config = dataclasses.replace(CONFIG, vocab_size=64)
     with jax.set_mesh(make_mesh(tensor=4)):
         logits = jax.jit(apply, static_argnums=0)(config, init(config, 0), *BATCH)
-        assert logits.sharding.spec == P(("data", "fsdp"), None, "tensor")
+        assert logits.sharding.spec == P(("data", "fsdp", "expert"), None, "tensor")
 
 
 def test_rules_by_letter():
     sharding = Sharding()
     assert sharding.weight("LDNH") == P(None, "fsdp", "tensor", None)
     assert sharding.gathered("LDNH") == P(None, None, "tensor", None)
-    assert sharding.activation("BTD") == P(("data", "fsdp"), None, None)
+    assert sharding.activation("BTD") == P(("data", "fsdp", "expert"), None, None)
+    assert sharding.weight("LEDF") == P(None, "expert", "fsdp", "tensor")
     with jax.set_mesh(make_mesh(2, 2)):
         assert batch_parts(sharding) == 4
         assert batch_parts(Sharding(B=("data",))) == 2
@@ -102,10 +103,14 @@ def test_refusals_name_the_numbers():
         init(CONFIG, 0)
     mesh = make_mesh(2, 2)
     check_batch(Sharding(), 8, mesh)
-    with pytest.raises(UserError, match=r"size 6, which data x fsdp = 4"):
+    with pytest.raises(UserError, match=r"size 6, which data x fsdp x expert = 4"):
         check_batch(Sharding(), 6, mesh)
-    with pytest.raises(UserError, match="'expert' does not exist"):
-        check(Sharding(F=("expert",)), {"up_LDF": (2, 32, 64)}, mesh)
+    with pytest.raises(UserError, match="'model' does not exist"):
+        check(Sharding(F=("model",)), {"up_LDF": (2, 32, 64)}, mesh)
+    with pytest.raises(UserError, match=r"up_LEDF: axis E has size 6, which expert = 4 does not divide"):
+        check(Sharding(), {"up_LEDF": (2, 6, 32, 64)}, make_mesh(expert=4))
+    with pytest.raises(UserError, match=r"axes E and D of an array LEDF are both on mesh axis 'expert'"):
+        check(Sharding(D=("expert",)), {"up_LEDF": (2, 6, 32, 64)}, make_mesh(expert=2))
     with pytest.raises(UserError, match=r"needs 64 devices, and there are 8"):
         make_mesh(4, 4, 4)
     with pytest.raises(UserError, match="at least 1"):

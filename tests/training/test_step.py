@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from lessons.test_comparison import ALL, OF_STUDENT, reference
 from teachers.test_in_memory import Trigram
-from training.test_metrics import records
+from training.test_events import records
 from training_toy import MODEL, TRAINING, Counting, losses, measures, run, weights
 
 from epigone.errors import UserError

@@ -189,10 +189,12 @@ def _gathered(tensor: Tensor, arrays: Mapping[str, jax.Array]) -> np.ndarray:
 
 def _taken(array: jax.Array, index: tuple[int, ...]) -> jax.Array:
     """What lies at an index of the first axes, whole on every device."""
-    mesh = array.sharding.mesh if isinstance(array.sharding, NamedSharding) else None
-    if not isinstance(mesh, Mesh):
+    places = array.sharding
+    if not isinstance(places, NamedSharding) or not isinstance(places.mesh, Mesh):
         return array[index]
-    with jax.set_mesh(mesh):
+    with jax.set_mesh(places.mesh):
+        if any(places.spec[: len(index)]):  # experts that are apart
+            return array.at[index].get(out_sharding=PartitionSpec())
         return jax.reshard(array[index], PartitionSpec())
 
 

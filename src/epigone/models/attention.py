@@ -41,6 +41,9 @@ class Attention(NamedTuple):
     reason: str
     seen: Callable[[jax.Array, int | None], Any] = causal_mask
 
+    def __str__(self) -> str:
+        return f"{self.name} ({self.reason})"
+
 
 def choose_attention(
     head_size: int,

@@ -159,9 +159,10 @@ class Decoder(nnx.Module):
         return never_predicted(config, sharding, soft_cap(raw_BTV, config.logit_softcap))
 
 
-def attention_of(config: DecoderConfig, length: int) -> Attention:
-    """How a decoder attends within rows of this length, where it runs."""
-    return choose_attention(config.sizes.H, config.dtype, config.attention_softcap, window=config.window, length=length)
+def attention_of(config: DecoderConfig, length: int, platform: str | None = None) -> Attention:
+    """How a decoder attends within rows of this length, where it runs or on another platform."""
+    size, cap = config.sizes.H, config.attention_softcap
+    return choose_attention(size, config.dtype, cap, window=config.window, length=length, platform=platform)
 
 
 def never_predicted(config: DecoderConfig, sharding: Sharding, logits_BTV: jax.Array) -> jax.Array:

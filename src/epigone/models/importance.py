@@ -17,6 +17,7 @@ product reads is meant, as in the authors' code. Padding (segment 0) counts nowh
 """
 
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -146,7 +147,9 @@ def _feed_forward(
         linear = [_linear(config, sharding, slices[0], name, h_BTD) for name in names]
         return square(slices[1][:, :, None] * _activated(config, *linear))
 
-    matrices = {f"{name}_LDF": weights[f"{name}_LEDF"] for name in names}
+    # One expert after the other, on all devices.
+    where = replace(sharding, E=()).weight("EDF")
+    matrices = {f"{name}_LDF": placed(weights[f"{name}_LEDF"], where) for name in names}
     return square(shares_BTE), jax.lax.map(one, (matrices, jnp.moveaxis(shares_BTE, 2, 0)))
 
 
@@ -156,7 +159,7 @@ def _activated(config: DecoderConfig, up_BTF: jax.Array, gate_BTF: jax.Array | N
 
 def _shares(config: DecoderConfig, sharding: Sharding, weights: Weights, h_BTD: jax.Array) -> jax.Array:
     """The weight of each expert at each token, 0 for those that it does not take."""
-    router_DE = placed(weights["router_LDE"], sharding.gathered("DE"))
+    router_DE = placed(weights["router_LDE"], P())
     p_BTC, experts_BTC = jax.vmap(lambda h_TD: route(config, h_TD, router_DE))(h_BTD)
     return jnp.sum(p_BTC[..., None] * jax.nn.one_hot(experts_BTC, config.sizes.E), axis=2)
 

@@ -1,6 +1,7 @@
 """Products with the matrices of a layer: rounded where that is asked for, and with low-rank adapters beside them."""
 
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -29,7 +30,7 @@ def project(config: Any, sharding: Sharding, weights: dict[str, jax.Array], x: j
         x_BTR = _product(config, sharding, x, weights[low], inputs, "R")
         y = y + _product(config, sharding, x_BTR, weights[high], "R", outputs)
     bias = weights.get(f"{word_of(name)}_bias_L{outputs}")
-    return y if bias is None else y + placed(bias.astype(config.compute_dtype), sharding.gathered(outputs))
+    return y if bias is None else y + placed(bias, sharding.gathered(outputs)).astype(config.compute_dtype)
 
 
 def _quantized(config: Any, x: jax.Array, name: str, weight: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -76,7 +77,58 @@ def adapter_names(name: str) -> tuple[str, str]:
 
 def _product(config: Any, sharding: Sharding, x: jax.Array, weight: jax.Array, inputs: str, outputs: str) -> jax.Array:
     """In the type of the computation; the result lies as an activation does."""
-    before, behind = inputs.lower(), outputs.lower()
-    weight = placed(weight.astype(config.compute_dtype), sharding.gathered(inputs + outputs))
-    cut = out(sharding.activation("BT" + outputs))
-    return jnp.einsum(f"bt{before},{before}{behind}->bt{behind}", x, weight, out_sharding=cut)
+    where = _Where(jnp.dtype(config.compute_dtype).name, sharding, inputs, outputs)
+    longer = weight.dtype.itemsize - config.compute_dtype.itemsize
+    alone = jax.sharding.get_abstract_mesh().size == 1
+    return _mixed(where, x, weight) if longer > 0 or (longer == 0 and alone) else _forward(where, x, weight)
+
+
+class _Where(NamedTuple):
+    """Type of a product, rules, and the letters of a matrix' inputs and outputs."""
+
+    dtype: str
+    sharding: Sharding
+    inputs: str
+    outputs: str
+
+    def used(self, weight: jax.Array) -> jax.Array:
+        """A matrix as it is multiplied."""
+        return placed(weight.astype(self.dtype), self.sharding.gathered(self.inputs + self.outputs))
+
+    def einsum(self, form: str, *operands: jax.Array, into: Any, **more: Any) -> jax.Array:
+        """A product, written with i for the inputs and o for the outputs."""
+        letters = form.replace("i", self.inputs.lower()).replace("o", self.outputs.lower())
+        return jnp.einsum(letters, *operands, out_sharding=out(into), **more)
+
+
+def _forward(where: _Where, x: jax.Array, weight: jax.Array) -> jax.Array:
+    return where.einsum("bti,io->bto", x, where.used(weight), into=where.sharding.activation("BT" + where.outputs))
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _mixed(where: _Where, x: jax.Array, weight: jax.Array) -> jax.Array:
+    """`_forward` with a matrix of a longer type, whose gradient is summed in that type, over tokens and devices alike.
+
+    Autodiff would sum in the shorter one, since there it is that the product is taken. It would also make the transpose
+    of the gradient, and on a CPU a transposed copy of all the outputs' gradients for that: so on one device, where no
+    weights have to be gathered again, matrices of one type are handled so too.
+    """
+    return _forward(where, x, weight)
+
+
+def _mixed_forward(where: _Where, x: jax.Array, weight: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    return _forward(where, x, weight), (x, weight)
+
+
+def _mixed_backward(
+    where: _Where, kept: tuple[jax.Array, jax.Array], gradient: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    x, weight = kept
+    sharding, inputs, outputs = where.sharding, where.inputs, where.outputs
+    for_x = where.einsum("bto,io->bti", gradient, where.used(weight), into=sharding.activation("BT" + inputs))
+    stored = sharding.weight(inputs + outputs)
+    for_weight = where.einsum("bti,bto->io", x, gradient, into=stored, preferred_element_type=weight.dtype)
+    return for_x, for_weight
+
+
+_mixed.defvjp(_mixed_forward, _mixed_backward)

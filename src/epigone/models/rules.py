@@ -14,6 +14,7 @@ class Sharding:
 
     Attributes:
         B: mesh axes of the batch.
+        E: mesh axes of the experts.
         N: mesh axes of the query heads.
         K: mesh axes of the key and value heads.
         F: mesh axes of the feed-forward features.
@@ -21,7 +22,8 @@ class Sharding:
         D: mesh axes of the model features in weights; activations keep D whole.
     """
 
-    B: MeshAxes = ("data", "fsdp")
+    B: MeshAxes = ("data", "fsdp", "expert")
+    E: MeshAxes = ("expert",)
     N: MeshAxes = ("tensor",)
     K: MeshAxes = ("tensor",)
     F: MeshAxes = ("tensor",)

@@ -1,13 +1,13 @@
 """Where every array lives: one mesh, and one rule per axis letter.
 
-Epigone runs on a mesh with three explicit axes, made in one line and set with `jax.set_mesh`:
+Epigone runs on a mesh with four explicit axes, made in one line and set with `jax.set_mesh`:
 
     with jax.set_mesh(make_mesh(data=2, fsdp=2, tensor=2)): ...
 
-The rules are a `Sharding` (`models/rules.py`). By default the batch is cut over `data` and `fsdp`; heads, feed-forward
-and vocabulary over `tensor`; the other axis of each weight over `fsdp`, and it is gathered just before use. Models on
-one mesh may have rules of their own. With no mesh set the same code runs on the default device: every placement below
-is then the identity.
+The rules are a `Sharding` (`models/rules.py`). By default the batch is cut over `data`, `fsdp` and `expert`; heads,
+feed-forward and vocabulary over `tensor`; the experts of a mixture over `expert`; the other axis of each weight over
+`fsdp`, and it is gathered just before use. Models on one mesh may have rules of their own. With no mesh set the same
+code runs on the default device: every placement below is then the identity.
 """
 
 import math
@@ -16,28 +16,49 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental.mesh_utils import create_device_mesh
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from epigone.errors import UserError
 from epigone.models.rules import Sharding
 
-AXES = ("data", "fsdp", "tensor")
+AXES = ("data", "fsdp", "tensor", "expert")
+
+NEAR = ("data", "fsdp", "expert", "tensor")
+"""The same, from those whose devices may be far from each other to those that are neighbours."""
 
 
-def make_mesh(data: int = 1, fsdp: int = 1, tensor: int = 1, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """A mesh of `data * fsdp * tensor` devices with explicit axes; the first ones unless `devices` names them.
+def make_mesh(
+    data: int = 1, fsdp: int = 1, tensor: int = 1, expert: int = 1, *, devices: Sequence[jax.Device] | None = None
+) -> Mesh:
+    """A mesh of `data * fsdp * tensor * expert` devices with explicit axes; the first ones unless `devices` names them.
 
     Raises UserError when there are fewer devices than the mesh needs.
     """
     devices = jax.devices() if devices is None else list(devices)
-    needed = data * fsdp * tensor
-    if min(data, fsdp, tensor) < 1 or needed > len(devices):
+    sizes = (data, fsdp, tensor, expert)
+    needed = math.prod(sizes)
+    if min(sizes) < 1 or needed > len(devices):
         raise UserError(
-            f"a mesh of data {data} x fsdp {fsdp} x tensor {tensor} needs {needed} devices, "
-            f"and there are {len(devices)}: choose sizes of at least 1 whose product is at most {len(devices)}"
+            f"a mesh of {in_words(sizes)} needs {needed} devices, and there are {len(devices)}: choose sizes of at "
+            f"least 1 whose product is at most {len(devices)}"
         )
-    return jax.make_mesh((data, fsdp, tensor), AXES, axis_types=(AxisType.Explicit,) * 3, devices=devices[:needed])
+    # A mesh need not be a product of whole dimensions of a TPU's torus: these may be split.
+    near = [sizes[AXES.index(axis)] for axis in NEAR]
+    grid = create_device_mesh(near, devices[:needed], allow_split_physical_axes=True)
+    return Mesh(in_order(grid), AXES, axis_types=(AxisType.Explicit,) * len(AXES))
+
+
+def in_order(grid: np.ndarray) -> np.ndarray:
+    """A grid whose dimensions are those of NEAR, as one of AXES."""
+    return np.transpose(grid, [NEAR.index(axis) for axis in AXES])
+
+
+def in_words(sizes: Sequence[int]) -> str:
+    """Sizes of the mesh with their axes, as `data 1 x fsdp 8 x tensor 2`; without experts where they are not cut."""
+    pairs = zip(AXES, sizes, strict=True)
+    return " x ".join(f"{axis} {size}" for axis, size in pairs if axis != "expert" or size != 1)
 
 
 def check(sharding: Sharding, shapes: Mapping[str, Sequence[int]], mesh: Mesh | None = None) -> None:

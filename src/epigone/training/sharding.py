@@ -27,11 +27,11 @@ def check_divisible(batch_size: int, microbatches: int, mesh: Mesh, *rules: Shar
                 f"batch_size {batch_size} does not divide into {microbatches} micro-batches over {devices} devices "
                 f"({' x '.join(axes)}): make it a multiple of {microbatches * devices}, or change --hardware"
             )
-    devices = mesh.shape["data"] * mesh.shape["fsdp"]
+    devices = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
     if devices % jax.process_count():
         raise UserError(
-            f"the batch is cut over {devices} devices (data x fsdp), and {jax.process_count()} processes cannot share "
-            "them equally: raise data or fsdp"
+            f"the batch is cut over {devices} devices ({' x '.join(BATCH_AXES)}), and {jax.process_count()} processes "
+            "cannot share them equally: raise data, fsdp or expert"
         )
 
 

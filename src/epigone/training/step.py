@@ -36,6 +36,8 @@ State = dict[str, Any]
 """step (int32), params (all that is trained of the student), optimizer; projections where some are learned beside it;
 ema where the params are averaged."""
 
+HOST, DEVICE = jax.memory.Space.Host, jax.memory.Space.Device
+
 _programs: dict[Any, "Programs"] = {}
 
 
@@ -60,11 +62,19 @@ class Programs:
 
 
 def programs(
-    student: Student, training: Training, objective: Objective, teacher: Teacher | None, mesh: jax.sharding.Mesh
+    student: Student,
+    training: Training,
+    objective: Objective,
+    teacher: Teacher | None,
+    mesh: jax.sharding.Mesh,
+    offload: bool = False,
 ) -> Programs:
-    """The programs for this student, lesson and mesh; the same objects for equal configs."""
+    """The programs for this student, lesson and mesh; the same objects for equal configs.
+
+    `offload`: the optimizer's moments are in the memory of the host.
+    """
     scores, theirs = (teacher.scores, teacher.head) if teacher else (None, None)
-    key = (fingerprint((student, training, objective, scores, theirs)), mesh)
+    key = (fingerprint((student, training, objective, scores, theirs)), mesh, offload)
     if key not in _programs:
         heads = (student.head, *(theirs if isinstance(theirs, tuple) else (theirs,)))
         cut = Mesh(BATCH_AXES, "tensor" if mesh.shape["tensor"] > 1 else None)
@@ -75,20 +85,21 @@ def programs(
         within = None
         if objective.inner and isinstance(scores, DecoderStates):  # `check_inside` lets no other in
             within = Within(objective.inner, student, scores, cut)
-        begin = jax.jit(partial(_begin, training))
-        step = jax.jit(partial(_step, training, objective, student, scores, within, fused), donate_argnums=0)
+        begin = jax.jit(partial(_begin, training, offload))
+        moving = partial(_step, training, objective, student, scores, within, fused, offload)
+        step = jax.jit(moving, donate_argnums=0)
         alone = heads[:1] if whole.func is aligned_loss else heads
         beside = jax.jit(partial(_compare, student, scores, partial(compare, heads=alone, mesh=cut)))
         _programs[key] = Programs(begin, step, beside, within)
     return _programs[key]
 
 
-def _begin(training: Training, params: Any, projections: Projections | None = None) -> State:
+def _begin(training: Training, offload: bool, params: Any, projections: Projections | None = None) -> State:
     state = {"params": jax.tree.map(jnp.copy, params)}
     if projections:
         state["projections"] = jax.tree.map(jnp.copy, projections)
     optimizer = transformation(training.optimizer, training.steps).init(_learned(state))
-    state |= {"step": jnp.zeros((), jnp.int32), "optimizer": optimizer}
+    state |= {"step": jnp.zeros((), jnp.int32), "optimizer": _moved(optimizer, HOST) if offload else optimizer}
     return state if training.ema_decay is None else state | {"ema": jax.tree.map(jnp.copy, params)}
 
 
@@ -99,6 +110,7 @@ def _step(
     scores: Callable[..., Any] | None,
     within: Within | None,
     fused: Callable[..., tuple[jax.Array, jax.Array]],
+    offload: bool,
     state: State,
     frozen: Any,
     teacher_params: Any,
@@ -132,7 +144,10 @@ def _step(
     zeros = jnp.zeros(()), {name: jnp.zeros(()) for name in names_of(objective.inner)}
     differentiated = jax.value_and_grad(loss, has_aux=True)
     (mean_loss, inner), gradients = _accumulated(differentiated, _learned(state), (batch, fetched), zeros)
+    if offload:
+        state = state | {"optimizer": _moved(state["optimizer"], DEVICE)}
     updates, optimizer_state = _update(training, gradients, state)
+    optimizer_state = _moved(optimizer_state, HOST) if offload else optimizer_state
     params, projections = _parted(state, optax.apply_updates(_learned(state), updates))
     new = {"step": state["step"] + 1, "params": params, "optimizer": optimizer_state}
     if projections:
@@ -197,6 +212,11 @@ def _accumulated(value_and_grad: Callable[..., Any], params: Any, parts: Any, ze
         return jax.tree.map(jnp.add, sums, value_and_grad(params, part)), None
 
     return jax.lax.scan(add, (zeros, jax.tree.map(jnp.zeros_like, params)), parts)[0]
+
+
+def _moved(optimizer: Any, where: Any) -> Any:
+    """The moments of an optimizer's state in another memory; its counters stay."""
+    return jax.tree.map(lambda x: jax.device_put(x, where) if x.ndim else x, optimizer)
 
 
 def _learned(state: State) -> Any:
