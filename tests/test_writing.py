@@ -226,6 +226,15 @@ def test_candidates_and_judging_are_planned_and_counted(run):
         assert store.record(node)["flops"] == training + drawn * each * readings
 
 
+def test_a_reader_whose_run_was_killed_behind_the_writing_has_still_paid_for_it(run):
+    store, _ = run
+    node = store.lineage["reader-0@1"]
+    before = store.record(node)["flops"]
+    shutil.rmtree(store.directory(node))
+    grow(store.lineage, store.run, view=Silent())
+    assert store.record(node)["flops"] == before
+
+
 def test_a_text_that_two_read_is_planned_once(folder):
     text = asked(folder)[2]
     lineage = family(folder, text, text)

@@ -91,8 +91,13 @@ class Terminal:
         self._stage_began = self._said = time.monotonic()
 
     def step(self, report: Any) -> None:
-        self._report = report
-        if not self.console.is_terminal and time.monotonic() - self._said > QUIET_SECONDS:
+        resumed, self._report = self._report is None and report.step > 1, report
+        if self.console.is_terminal:
+            return
+        if resumed:
+            at = f"goes on at step {report.step} of {report.steps}"
+            self.console.print(f"  {self._title()}: {at}", highlight=False, soft_wrap=True)
+        if time.monotonic() - self._said > QUIET_SECONDS:
             self._said = time.monotonic()
             self.console.print(f"  {self._title()}: {self._progress()}", highlight=False, soft_wrap=True)
 

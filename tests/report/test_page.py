@@ -183,6 +183,15 @@ def test_next_words_without_a_comparison_are_those_of_the_ends_of_each_series(tm
     assert "Dark knowledge" not in html
 
 
+def test_what_compiling_took_is_the_sum_of_all_nodes(tmp_path, html):
+    assert "<b>compiling</b>" in html
+    took = [{"seconds": 3.0, "programs": 5, "from_cache": 2}, {"seconds": 1.5, "programs": 1, "from_cache": 1}]
+    entries = quickstart()[-2:]
+    made = [record(entry, compilation=one) for entry, one in zip(entries, took, strict=True)]
+    text = write_report(write_run(tmp_path, entries, made)).read_text()
+    assert "<b>compiling</b> 4.5 s, 3 programs, and 3 from the cache" in text
+
+
 def test_one_node_alone(tmp_path):
     entry = quickstart(1, 1)[0] | {"labels": {}, "name": "only", "key": "only@0"}
     html = write_report(write_run(tmp_path, [entry], [record(entry)])).read_text()

@@ -34,28 +34,38 @@ OVER_ALL = Sharding(D=("data", "fsdp"))
 KINDS = {"tpu": "TPU v5", "cuda": "NVIDIA H100 80GB HBM3", "cpu": "cpu"}
 
 
-def exported(platform, *, student=STUDENT, objective=Objective(forward_kl), rules=Sharding(), batch=16, **parts):
+def exported(
+    platform,
+    *,
+    student=STUDENT,
+    objective=Objective(forward_kl),
+    rules=Sharding(),
+    batch=16,
+    offload=False,
+    sizes=(2, 2, 2, 1),
+    **parts,
+):
     """The StableHLO of a step on eight devices of a platform, from a machine that has none of them."""
     training = Training(batch_size=batch, sequence_length=128)
     teacher = DecoderTeacher(TEACHER, None, "id", sharding=OVER_ALL) if objective != TEXT_ALONE else None
-    hardware = Hardware(data=2, fsdp=2, tensor=2, student=rules, teacher=OVER_ALL)
-    with meshed(platform):
+    hardware = Hardware(*sizes, student=rules, teacher=OVER_ALL, offload_optimizer=offload)
+    with meshed(platform, sizes):
         step = traced_step(Student(student, sharding=rules, **parts), training, objective, teacher, hardware)
         return step.lower(lowering_platforms=(platform,)).as_text()
 
 
 @contextmanager
-def meshed(platform):
+def meshed(platform, sizes):
     """A mesh of devices that are not here. JAX lowers cuDNN's kernels for concrete devices alone: virtual ones will do,
     and its version, which is asked for then."""
     device = AbstractDevice(device_kind=KINDS[platform], num_cores=None, platform=platform)
     if platform != "cuda":
         with jax.sharding.use_abstract_mesh(
-            AbstractMesh((2, 2, 2), AXES, axis_types=(AxisType.Explicit,) * 3, abstract_device=device)
+            AbstractMesh(sizes, AXES, axis_types=(AxisType.Explicit,) * 4, abstract_device=device)
         ):
             yield
         return
-    with pytest.MonkeyPatch.context() as patch, jax.set_mesh(make_mesh(2, 2, 2)):
+    with pytest.MonkeyPatch.context() as patch, jax.set_mesh(make_mesh(*sizes)):
         patch.setattr(fused_attention_stablehlo, "check_cudnn_version", lambda: 91000)
         for user in (attention, experts, decoder, chunks, fused):
             patch.setattr(user, "platform_in_use", lambda: platform)
@@ -68,8 +78,10 @@ PATHS = {
     "whole student": {"rules": COPIES},
     "windows, a soft cap": {"student": WINDOWS, "objective": Objective(reverse_kl)},
     "experts": {"student": EXPERTS},
+    "experts apart": {"student": EXPERTS, "sizes": (1, 2, 2, 2)},
     "adapters": {"adapters": LowRank(rank=4)},
     "inside": {"objective": Objective(forward_kl, inner=(Match(States()),))},
+    "offload": {"offload": True},
     "remat": {"student": replace(STUDENT, remat=jax.checkpoint_policies.nothing_saveable)},
 }
 

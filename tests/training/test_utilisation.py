@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from training_toy import MODEL, run
 
-from epigone.devices import PEAK_FLOPS
+from epigone.devices import CHIPS, Chip
 from epigone.models import decoder
 from epigone.models.sharding import make_mesh
 from epigone.training import utilisation
@@ -54,7 +54,8 @@ def test_on_these_devices_it_is_absent_and_in_the_table_it_is_there(monkeypatch,
     plain = run(tmp_path / "plain")
     assert peak_flops(make_mesh()) is None
     assert not any("mfu" in point for point in plain.curve)
-    monkeypatch.setitem(PEAK_FLOPS, make_mesh().devices.flat[0].device_kind, 1e9)
+    here = Chip("here", 1e9, 1.0, 1.0, 1.0)
+    monkeypatch.setitem(CHIPS, make_mesh().devices.flat[0].device_kind, here)
     first, *points = run(tmp_path / "known", hardware=Hardware(data=4)).curve
     assert not {"mfu", "flops_per_second", "tokens_per_second"} & set(first)
     for point in points:

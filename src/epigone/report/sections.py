@@ -169,10 +169,21 @@ def facts(run: Run) -> list[tuple[str, str]]:
     found = {
         "commit": _values(_short(str(node.get("git_commit", ""))) for node in run.grown),
         "device": _values(node.get("device") for node in run.grown),
+        "attention": _values(node.get("attention") for node in run.grown),
+        "compiling": _compiling(run),
         "software": _values(_versions(node.get("versions", {})) for node in run.grown),
         "finished": max((str(node.get("finished", "")) for node in run.grown), default=""),
     }
     return [(name, value) for name, value in found.items() if value]
+
+
+def _compiling(run: Run) -> str:
+    """Seconds of all nodes, and how many programs had been compiled before."""
+    told = [node.get("compilation") for node in run.grown if node.get("compilation")]
+    if not told:
+        return ""
+    seconds, programs, kept = (sum(one[name] for one in told) for name in ("seconds", "programs", "from_cache"))
+    return f"{duration(seconds)}, {programs - kept} programs, and {kept} from the cache"
 
 
 def _values(values: Iterable[Any]) -> str:

@@ -16,14 +16,21 @@ from epigone.training.step import programs
 from epigone.training.student import Student
 
 
-def abstract_state(begin: Callable[..., Any], learned: tuple[Any, Any]) -> Any:
-    """Shapes and shardings of the state on the mesh that is set, without making it."""
+def abstract_state(begin: Callable[..., Any], learned: tuple[Any, Any], offload: bool = False) -> Any:
+    """Shapes and shardings of the state on the mesh that is set, without making it.
+
+    `offload`: the optimizer's moments are in the memory of the host.
+    """
 
     def on_mesh(leaf: Any) -> jax.ShapeDtypeStruct:
         spec = leaf.sharding.spec if leaf.sharding else jax.sharding.PartitionSpec()
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=named(spec))
 
-    return jax.tree.map(on_mesh, jax.eval_shape(begin, *learned))
+    def on_host(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        return leaf.update(sharding=leaf.sharding.with_memory_kind("pinned_host")) if leaf.ndim else leaf
+
+    state = jax.tree.map(on_mesh, jax.eval_shape(begin, *learned))
+    return state | {"optimizer": jax.tree.map(on_host, state["optimizer"])} if offload else state
 
 
 def abstract_batch(training: Training, microbatches: int) -> Batch:
@@ -57,11 +64,14 @@ def traced_step(
     """
     mesh: Any = mesh_in_use()
     check_divisible(training.batch_size, hardware.microbatches, mesh, student.sharding, hardware.teacher)
-    program = programs(student, training, objective, teacher, mesh)
+    program = programs(student, training, objective, teacher, mesh, hardware.offload_optimizer)
     learned = (student.abstract(), program.within.abstract() if program.within else {})
     frozen = decoder.abstract(student.config, student.sharding) if student.adapters else {}
     scores: Any = teacher.scores if teacher else None
     theirs = decoder.abstract(scores.config, scores.sharding) if teacher else {}
-    state, batch = abstract_state(program.begin, learned), abstract_batch(training, hardware.microbatches)
+    state, batch = (
+        abstract_state(program.begin, learned, hardware.offload_optimizer),
+        abstract_batch(training, hardware.microbatches),
+    )
     step: Any = program.step
     return step.trace(state, frozen, theirs, batch, {})

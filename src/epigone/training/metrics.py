@@ -1,14 +1,9 @@
-"""What training tells: sums and counts until the last moment, a curve for the record, events for TensorBoard."""
+"""What training tells: sums and counts until the last moment, and a curve for the record."""
 
-import tempfile
 import time
 from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
-
-from epigone.storage.places import on_store, write_whole
 
 Pair = tuple[float, float]
 """A sum and a count: their quotient is the metric, and pairs add up over steps, micro-batches and hosts."""
@@ -86,50 +81,3 @@ class Clock:
         then, tokens_then = self._recent[0]
         self._recent.append((now, tokens))
         return (tokens - tokens_then) / max(now - then, 1e-9)
-
-
-class Events:
-    """TensorBoard event files of one run; made at the first point, by the first process alone."""
-
-    def __init__(self, directory: Path, active: bool) -> None:
-        self._directory, self._active = directory, active
-        self._writer: Any = None
-        # An event file grows, and an object does not: it is written here, and brought there as a whole.
-        self._scratch = (
-            tempfile.TemporaryDirectory(prefix="epigone-events-") if on_store(directory) and active else None
-        )
-
-    def write(self, point: Mapping[str, float]) -> None:
-        """Write all metrics of a point of the curve."""
-        if not self._active:
-            return
-        if self._writer is None:
-            self._writer = _writer(
-                Path(self._scratch.name) if self._scratch else self._directory, purge_step=int(point["step"])
-            )
-        for name, value in point.items():
-            if name != "step":
-                self._writer.add_scalar(name, value, int(point["step"]))
-
-    def close(self) -> None:
-        """Bring all to the disk, or to the bucket."""
-        if self._writer is not None:
-            self._writer.close()
-            self.bring()
-        if self._scratch is not None:
-            self._scratch.cleanup()
-
-    def bring(self) -> None:
-        """Bring what there is to the bucket, so that a run that is killed loses no more than with its checkpoint."""
-        if self._writer is None or self._scratch is None:
-            return
-        self._writer.flush()
-        for path in Path(self._scratch.name).iterdir():
-            write_whole(self._directory / path.name, path.read_bytes())
-
-
-def _writer(directory: Path, purge_step: int) -> Any:
-    from tensorboardX import SummaryWriter
-
-    # Points after the checkpoint that a resumed run starts from were written before it was killed: they are void.
-    return SummaryWriter(str(directory), purge_step=purge_step)

@@ -5,13 +5,13 @@ from dataclasses import dataclass, field
 
 import jax
 
-from epigone.devices import PEAK_FLOPS
+from epigone.devices import CHIPS
 
 
 def peak_flops(mesh: jax.sharding.Mesh) -> float | None:
     """Dense bfloat16 FLOP/s of all devices of a mesh together; None where the table does not have them."""
-    one = PEAK_FLOPS.get(mesh.devices.flat[0].device_kind)
-    return None if one is None else one * mesh.size
+    chip = CHIPS.get(mesh.devices.flat[0].device_kind)
+    return None if chip is None else chip.flops * mesh.size
 
 
 @dataclass

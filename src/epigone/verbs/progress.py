@@ -12,7 +12,7 @@ QUIET_SECONDS = 15
 
 
 @contextlib.contextmanager
-def progress(title: str, total: int) -> Iterator[Callable[[int], None]]:
+def progress(title: str, total: float) -> Iterator[Callable[[float], None]]:
     """Give a function that hears of each further part of the `total` that is done; the bar goes when all is."""
     console = Console(stderr=True)
     if not console.is_terminal:
@@ -27,12 +27,12 @@ def progress(title: str, total: int) -> Iterator[Callable[[int], None]]:
 class _Lines:
     """Plain lines, for a log."""
 
-    def __init__(self, title: str, total: int, console: Console) -> None:
+    def __init__(self, title: str, total: float, console: Console) -> None:
         self.title, self.total, self.console = title, total, console
-        self.done, self.began = 0, time.monotonic()
+        self.done, self.began = 0.0, time.monotonic()
         self.said = self.began
 
-    def advance(self, done: int) -> None:
+    def advance(self, done: float) -> None:
         self.done += done
         now = time.monotonic()
         if now - self.said > QUIET_SECONDS and 0 < self.done < self.total:
