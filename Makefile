@@ -7,8 +7,9 @@ RUN_READY := $(VENV)/.ready-run
 SMOLLM2_READY := $(VENV)/.ready-smollm2
 DEV_READY := $(VENV)/.ready-dev
 LAUNCH := .venv-launch
+LIBTPU := .venv-plan
 
-.PHONY: run smollm2 test test-slurm test-launch lint bench clean
+.PHONY: run smollm2 test test-slurm test-launch test-plan test-faults lint bench clean
 
 run: $(RUN_READY)
 	$(BIN)/epigone run configs/quickstart.py
@@ -23,6 +24,14 @@ test: $(DEV_READY)
 test-slurm: $(DEV_READY)
 	$(BIN)/python -m launch.slurm.test
 
+# Runs of the command, killed, stopped and damaged again and again; the full disk is a tmpfs, which only root may mount.
+test-faults: $(DEV_READY)
+	$(BIN)/python tests/faults
+
+# The plan's compiler for TPUs, which says much where there is none: so it has a place of its own.
+test-plan: $(DEV_READY) $(LIBTPU)/.ready
+	PYTHONPATH="$(CURDIR)/$(LIBTPU)" $(BIN)/python -m pytest -q tests/planning
+
 # What launchers write, read by the tools that it is for; these want a place of their own.
 test-launch: $(LAUNCH)/.ready
 	PATH="$(CURDIR)/$(LAUNCH)/bin:$$PATH" $(LAUNCH)/bin/python -m pytest -o addopts= -q launch/checks
@@ -35,6 +44,7 @@ lint: $(DEV_READY)
 bench: $(DEV_READY)
 	$(BIN)/python benchmarks/ngram.py
 	$(BIN)/python benchmarks/fused_loss.py
+	$(BIN)/python benchmarks/train_step.py
 	$(BIN)/python benchmarks/sampling.py
 	$(BIN)/python benchmarks/speculative.py
 
@@ -56,10 +66,14 @@ $(DEV_READY): requirements-dev.txt $(SMOLLM2_READY)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
 	touch $@
 
+$(LIBTPU)/.ready: pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target $(LIBTPU) 'libtpu>=0.0.42.1'
+	touch $@
+
 $(LAUNCH)/.ready: requirements-launch.txt
 	$(PYTHON) -m venv $(LAUNCH)
 	$(LAUNCH)/bin/python -m pip install --quiet --disable-pip-version-check -r requirements-launch.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(LAUNCH) .cache runs .pytest_cache .ruff_cache .mypy_cache build dist
+	rm -rf $(VENV) $(LAUNCH) $(LIBTPU) .cache runs .pytest_cache .ruff_cache .mypy_cache build dist

@@ -52,14 +52,13 @@ class OpenedNode:
 
 def on_mesh(hardware: Hardware) -> contextlib.AbstractContextManager[Any]:
     """Set the mesh over which the weights of opened nodes are cut. One device needs none, and no JAX."""
-    sizes = (hardware.data, hardware.fsdp, hardware.tensor)
-    if sizes == (1, 1, 1):
+    if set(hardware.sizes) == {1}:
         return contextlib.nullcontext()
     import jax
 
     from epigone.models.sharding import make_mesh
 
-    return jax.set_mesh(make_mesh(*sizes))
+    return jax.set_mesh(make_mesh(*hardware.sizes))
 
 
 def open_node(reference: str, run: Path | None = None) -> OpenedNode:

@@ -3,7 +3,8 @@
 import contextlib
 import importlib.util
 import json
-from dataclasses import replace
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,53 @@ def pretrained(path: Path | str, name: str, *, bos: str | None = None, dtype: st
     tokenizer = pretrained_tokenizer(path, config.vocab_size or 0, bos)
     lesson = Lesson(source=Pretrained(str(path.resolve()), files.digest, files.licence))
     return Node(name, 0, config, tokenizer, lesson, labels=labels)
+
+
+@dataclass(frozen=True)
+class NotHere:
+    """The tokenizer of weights that are not here: enough to plan with.
+
+    Attributes:
+        name: of the model, as its publisher calls it.
+        vocab_size: ids that it has.
+    """
+
+    name: str
+    vocab_size: int
+
+    def build(self) -> Any:
+        """Raises UserError: there are no files."""
+        raise UserError(f"{self.name} is not here, so its lineage can only be planned: fetch it, and name its folder")
+
+
+def published(
+    config_json: Mapping[str, Any], name: str, path: str = "", *, dtype: str = "bfloat16", **labels: str
+) -> Node:
+    """A node of a published model: of its files where there is a path, and else of its config.json alone.
+
+    Without files a lineage can be planned (`epigone plan`), and is refused when it is run.
+
+    Args:
+        config_json: what its config.json says; `_name_or_path` names it.
+        name: the node's name; its key is NAME@0.
+        path: a Hugging Face folder with its weights; empty for none.
+        dtype: type of the computation, and of the weights that are not here.
+        labels: for reports.
+
+    Raises:
+        UserError: as `pretrained`; or the files are of a model of another shape.
+    """
+    from epigone.interchange.huggingface import read_config
+
+    config = replace(read_config(config_json), dtype=dtype, weights_dtype=dtype)
+    called = str(config_json.get("_name_or_path", name))
+    if not path:
+        tokenizer = NotHere(called, config.vocab_size or 0)
+        return Node(name, 0, config, tokenizer, Lesson(source=Pretrained(called, digest="")), labels=labels)
+    node = pretrained(path, name, dtype=dtype, **labels)
+    if node.model.sizes != config.sizes:
+        raise UserError(f"'{path}' holds a model of {node.model.sizes}, and {called} has {config.sizes}")
+    return node
 
 
 def packaged(module: str, pattern: str = "*.gguf", *, install: str) -> Path:
@@ -120,7 +168,7 @@ def _bring(node: Node, source: Pretrained, materials: Materials, hardware: Any, 
         check_fits(files, config)
     except UserError as error:
         raise UserError(f"node '{node.key}' is not the model in '{source.path}': {error}") from None
-    with jax.set_mesh(make_mesh(hardware.data, hardware.fsdp, hardware.tensor)):
+    with jax.set_mesh(make_mesh(*hardware.sizes)):
         checkpoint.save_params(place / "model", load_weights(files, config))
     if is_first():
         write_json(place / "checksums.json", files.checksums())
