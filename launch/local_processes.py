@@ -17,8 +17,8 @@ import subprocess
 import sys
 import threading
 
-GRACE_SECONDS = 20
-"""When one process has failed, the others have this long to stop before they are killed."""
+TELL_SECONDS, GRACE_SECONDS = 3, 20
+"""When one process has failed, the others have so long to say who is missing, and to stop before they are killed."""
 
 
 def main() -> int:
@@ -76,8 +76,8 @@ def start(command: list[str], environments: list[dict[str, str]]) -> int:
             print(f"[{rank}] {line}", end="", flush=True)
         if process.wait() != 0 and not failed:
             failed.append(process.returncode)
-            send(signal.SIGTERM)
-            threading.Timer(GRACE_SECONDS, send, [signal.SIGKILL]).start()
+            threading.Timer(TELL_SECONDS, send, [signal.SIGTERM]).start()
+            threading.Timer(TELL_SECONDS + GRACE_SECONDS, send, [signal.SIGKILL]).start()
 
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, send)
@@ -97,7 +97,7 @@ def start(command: list[str], environments: list[dict[str, str]]) -> int:
     for follower in followers:
         follower.join()
     sys.stdout.flush()
-    os._exit((failed[0] if failed[0] > 0 else 1) if failed else 0)  # without waiting for the timer
+    os._exit((failed[0] if failed[0] > 0 else 1) if failed else 0)  # without waiting for the timers
 
 
 if __name__ == "__main__":

@@ -67,6 +67,10 @@ def test_a_run_leaves_records_and_a_report(grown):
         assert record["predictions"][0]["context"] == "the cat"
         assert record["parameters"] > 0
         assert record["tokens"] > 0
+        assert ("compilation" in record) == ("curve" in record)
+        assert record.get("attention", "xla (platform cpu)") == "xla (platform cpu)"
+        assert ("attention" in record) == ("curve" in record)
+        assert record.get("compilation", {"seconds": 0})["seconds"] < record["seconds"]
     assert found["student@1"]["agreement"]["teacher@0"]["forward_kl"] >= 0
     assert found["reader@1"]["data"][0]["parents"][0]["key"] == "teacher@0"
     run_directory = grown / "runs" / "tiny"

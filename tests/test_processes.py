@@ -5,7 +5,7 @@ import re
 import jax
 import pytest
 
-from epigone import processes
+from epigone import processes, watchdog
 from epigone.errors import Fault
 
 ADDRESS, COUNT, RANK = processes.VARIABLES
@@ -22,6 +22,7 @@ def joined(monkeypatch):
         given = []
 
         def initialize(**arguments):
+            assert arguments.pop("heartbeat_timeout_seconds") > watchdog.DEFAULT_SECONDS
             given.append(arguments)
             if error:
                 raise error
@@ -30,6 +31,7 @@ def joined(monkeypatch):
             monkeypatch.setenv(name, value)
         monkeypatch.setattr(jax.distributed, "initialize", initialize)
         monkeypatch.setattr(jax, "process_count", lambda: count)
+        monkeypatch.setattr(watchdog, "watch", lambda *_: None)
         processes.join.cache_clear()
         processes.join()
         return given

@@ -8,6 +8,7 @@ import signal
 import sys
 import textwrap
 import threading
+import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from typing import Annotated, Any
 import tyro
 from tyro.constructors import PrimitiveConstructorSpec
 
-from epigone import __version__, runtime
+from epigone import __version__, runtime, watchdog
 from epigone.errors import Fault, Stopped, UserError
 from epigone.lineage import did_you_mean
 from epigone.processes import several
@@ -52,6 +53,14 @@ def _run(arguments: list[str]) -> None:
     from epigone.verbs.run import run
 
     run(arguments)
+
+
+def _plan(arguments: list[str]) -> None:
+    # A plan needs no device, and libtpu would look for its own.
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    from epigone.verbs.plan import plan_config
+
+    plan_config(arguments)
 
 
 def _label(arguments: list[str]) -> None:
@@ -93,6 +102,7 @@ def _report(arguments: list[str]) -> None:
 
 VERBS: dict[str, tuple[str, Callable[[list[str]], None]]] = {
     "run": ("Grow the lineage of a config: train, distil, self-train for generations.", _run),
+    "plan": ("Say what a step takes on devices that are not here: memory, time, money.", _plan),
     "label": ("Ask the teachers of a config once, and keep their scores on disk.", _label),
     "import": ("Make a node of a Hugging Face folder or a GGUF file.", _import),
     "sample": ("Let a node write.", _sample),
@@ -120,7 +130,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UserError as error:
         return _say(error, 2)
     except (Fault, MemoryError) as error:
-        return _say(str(error) or "out of memory: use smaller batches, or more micro-batches", 1)
+        return _say(
+            watchdog.explained(error) or str(error) or "out of memory: use smaller batches, or more micro-batches", 1
+        )
     except Stopped as stopped:
         return _say(stopped, 128 + signal.SIGTERM)
     except KeyboardInterrupt:
@@ -130,9 +142,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except OSError as error:
         return _say(explained(error) or _of_the_system(error), 1)
     except Exception as error:
-        if (line := explained(error)) is None:
-            raise
-        return _say(line, 1)
+        if (line := watchdog.explained(error) or explained(error)) is not None:
+            return _say(line, 1)
+        if several():
+            # Others wait for this one, which would wait for them at a normal exit.
+            traceback.print_exc()
+            return _say(f"{type(error).__name__}: {error}", 1)
+        raise
     return 0
 
 

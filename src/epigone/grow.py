@@ -2,17 +2,19 @@
 
 import contextlib
 import datetime
+import itertools
 import os
 import platform
 import resource
 import subprocess
 import time
+from dataclasses import asdict
 from functools import cache, partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from epigone import __version__
+from epigone import __version__, watchdog
 from epigone.data.pipeline import Batches, Rows, pack
 from epigone.errors import UserError
 from epigone.identity import canonical, fingerprint
@@ -24,7 +26,7 @@ from epigone.models.ngram import NGram, NGramModel
 from epigone.pretrained import import_weights
 from epigone.processes import first_then_all, is_first, wait
 from epigone.starting import check_quantization, check_start, starting_weights
-from epigone.storage.folders import is_whole, writing
+from epigone.storage.folders import writing
 from epigone.storage.places import relative, remove
 from epigone.store import Store, kind
 from epigone.teaching import check_teacher, teacher_of
@@ -126,14 +128,12 @@ def _grow_node(node: Node, materials: Materials, hardware: Hardware, view: View)
     """Learn the lesson and leave the model in the node's directory; the record, but for what is measured."""
     started = time.monotonic()
     store = materials.store
-    texts = dict.fromkeys(source for source in node.lesson.text if isinstance(source, Written))
-    unwritten = [source for source in texts if not is_whole(store.written(source))]
     if node.lesson.source:
         view.stage("import")
         learned = import_weights(node, materials, hardware)
     else:
         learned = (_count if isinstance(node.model, NGram) else _train)(node, materials, hardware, view)
-    if writing := sum(materials.card(source).get("flops", 0) for source in unwritten):
+    if writing := sum(materials.card(source).get("flops", 0) for source in _first_read_by(node, store.lineage)):
         learned["flops"] = learned.get("flops", 0) + writing
     record = {
         "key": node.key,
@@ -156,6 +156,16 @@ def _grow_node(node: Node, materials: Materials, hardware: Hardware, view: View)
     if is_first():
         store.write_record(node, record)
     return record
+
+
+def _first_read_by(node: Node, lineage: Lineage) -> list[Written]:
+    """Texts of other nodes that no node before this one reads: their cost is its own.
+
+    The order says so, not the disk: a run that was killed behind the writing would else forget what it cost.
+    """
+    before = itertools.takewhile(lambda other: other is not node, lineage.order)
+    read = {source for other in before for source in other.lesson.text}
+    return [source for source in dict.fromkeys(node.lesson.text) if isinstance(source, Written) and source not in read]
 
 
 def _read(node: Node, materials: Materials, view: View) -> list[list[Document]]:
@@ -192,8 +202,9 @@ def _train(node: Node, materials: Materials, hardware: Hardware, view: View) -> 
     """Train a model that multiplies matrices. JAX starts here."""
     import jax
 
-    from epigone.models.decoder import parameter_count
+    from epigone.models.decoder import attention_of, parameter_count
     from epigone.training import checkpoint, loop
+    from epigone.training.compilation import compilation
     from epigone.training.on_policy import TEXT_ONLY
 
     lesson, identity = node.lesson, materials.store.lineage.identities[node.key]
@@ -209,22 +220,30 @@ def _train(node: Node, materials: Materials, hardware: Hardware, view: View) -> 
     teacher, asked = teacher_of(node, materials, rows, hardware, view)
     view.stage("train", lesson.training.steps)
     began = time.monotonic()
-    trained = loop.train(
-        config,
-        lesson.training,
-        lesson.objective,
-        read(jax.process_index(), jax.process_count()),
-        seed=seed_of(recipe, "train"),
-        identity=identity,
-        teacher=teacher,
-        on_policy=lesson.on_policy or TEXT_ONLY,
-        initial_params=start if lesson.start_from else None,
-        adapters=lesson.adapters,
-        hardware=hardware,
-        directory=directory / "training",
-        on_step=view.step,
-        key=node.key,
-    )
+    watchdog.at(node.key, 0)
+
+    def stepped(report: loop.StepReport) -> None:
+        watchdog.at(node.key, report.step)
+        view.step(report)
+
+    with compilation() as compiled:
+        trained = loop.train(
+            config,
+            lesson.training,
+            lesson.objective,
+            read(jax.process_index(), jax.process_count()),
+            seed=seed_of(recipe, "train"),
+            identity=identity,
+            teacher=teacher,
+            on_policy=lesson.on_policy or TEXT_ONLY,
+            initial_params=start if lesson.start_from else None,
+            adapters=lesson.adapters,
+            hardware=hardware,
+            directory=directory / "training",
+            on_step=stepped,
+            key=node.key,
+        )
+    watchdog.at(node.key, None)
     if trained.adapters is not None:
         checkpoint.save_params(directory / "adapters", trained.adapters)
     checkpoint.save_params(materials.store.weights(node), trained.params)
@@ -235,6 +254,8 @@ def _train(node: Node, materials: Materials, hardware: Hardware, view: View) -> 
         "tokens": trained.tokens,
         "flops": trained.flops + asked.pop("flops", 0),
         **asked,
+        "attention": str(attention_of(config, lesson.training.sequence_length)),
+        "compilation": asdict(compiled),
         "curve": trained.curve,
         "seconds_before": max(0.0, trained.seconds - (time.monotonic() - began)),
     }

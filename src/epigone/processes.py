@@ -1,10 +1,12 @@
 """One program in several processes: joining them, and letting the first one prepare what all of them read."""
 
+import atexit
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
 
+from epigone import watchdog
 from epigone.errors import Fault
 
 VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
@@ -30,9 +32,11 @@ def several() -> bool:
 def join() -> int:
     """Join the program that the environment describes; the number of this process in it, 0 when it is alone.
 
-    A process that cannot join ends the run: going on alone would train the same model many times.
+    A process that cannot join ends the run: going on alone would train the same model many times. From then on the
+    processes watch each other (`watchdog`).
 
     Raises:
+        UserError: the time limit is none.
         Fault: it could not join, or it stands beside others and nothing says that they belong together.
     """
     if not several():
@@ -40,13 +44,19 @@ def join() -> int:
         return 0
     import jax
 
+    limit = watchdog.seconds()
     try:
-        jax.distributed.initialize(**_arguments())
+        # JAX's own limit ends all processes without a name, so it comes later.
+        jax.distributed.initialize(**_arguments(), heartbeat_timeout_seconds=2 * limit + 60)
     except Exception as error:
         raise Fault(f"{_could_not_join()}: {(str(error) or repr(error)).splitlines()[0]}") from None
     expected = os.environ.get(VARIABLES[1]) or jax.process_count()
     if int(expected) != jax.process_count():
         raise Fault(f"{_could_not_join()}: {jax.process_count()} processes were found, {expected} should be there")
+    from jax._src.distributed import global_state
+
+    watchdog.watch(global_state.client, jax.process_index(), jax.process_count())
+    atexit.register(watchdog.stop)  # before JAX's own end, as it is registered later
     return jax.process_index()
 
 

@@ -55,9 +55,11 @@ class Hardware:
         data: devices over which the batch is cut, each with all weights.
         fsdp: devices over which the batch and the weights are cut.
         tensor: devices over which heads, feed-forward and vocabulary are cut.
+        expert: devices over which the batch and the experts of mixtures are cut.
         student: the student's rules on this mesh: which axes of its arrays are cut over which of the mesh.
         teacher: those of every teacher beside it.
         microbatches: parts into which a batch is cut in time, to save memory.
+        offload_optimizer: keep the optimizer's moments in the memory of the host, from where they come for each update.
         checkpoint_every_seconds: time between two checkpoints; None for none by time.
         checkpoint_every_steps: steps between two checkpoints; None for none by steps.
     """
@@ -65,14 +67,21 @@ class Hardware:
     data: int = 1
     fsdp: int = 1
     tensor: int = 1
+    expert: int = 1
     student: Sharding = Sharding()
     teacher: Sharding = Sharding()
     microbatches: int = 1
+    offload_optimizer: bool = False
     checkpoint_every_seconds: float | None = 60.0
     checkpoint_every_steps: int | None = None
 
+    @property
+    def sizes(self) -> tuple[int, int, int, int]:
+        """Those of the mesh, along its axes as `models/sharding.py` has them."""
+        return self.data, self.fsdp, self.tensor, self.expert
+
     def __post_init__(self) -> None:
-        _at_least_one("hardware", self, "data", "fsdp", "tensor", "microbatches", "checkpoint_every_steps")
+        _at_least_one("hardware", self, "data", "fsdp", "tensor", "expert", "microbatches", "checkpoint_every_steps")
         seconds = self.checkpoint_every_seconds
         if seconds is not None and seconds < 0:
             raise UserError(f"hardware: checkpoint_every_seconds={seconds} is negative: give a time, or None for none")

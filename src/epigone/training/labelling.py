@@ -70,7 +70,7 @@ def label(
 
     Raises: Fault where the disk is full or a shard is damaged.
     """
-    mesh = make_mesh(hardware.data, hardware.fsdp, hardware.tensor)
+    mesh = make_mesh(*hardware.sizes)
     pieces = [piece for source in rows for piece in _pieces(source)]
     with jax.set_mesh(mesh):
         work = _Work(cached, teacher, batch_size, mesh, on_step, sum(-(-len(piece) // batch_size) for piece in pieces))

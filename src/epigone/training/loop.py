@@ -25,7 +25,8 @@ from epigone.teachers.mean_teacher import MeanTeacher, check_mean_teacher, weigh
 from epigone.training.ahead import abstract_state
 from epigone.training.checkpoint import Checkpointer
 from epigone.training.config import Hardware, Training
-from epigone.training.metrics import Clock, Events, Progress, StepReport
+from epigone.training.events import Events
+from epigone.training.metrics import Clock, Progress, StepReport
 from epigone.training.on_policy import TEXT_ONLY, OnPolicy
 from epigone.training.own_texts import OwnTexts
 from epigone.training.sharding import check_divisible, to_mesh
@@ -107,7 +108,7 @@ def train(
         Stopped: SIGTERM or SIGINT came, and a checkpoint has been written.
     """
     # ------------------------------------------------------------------ does it all fit?
-    mesh = make_mesh(hardware.data, hardware.fsdp, hardware.tensor)
+    mesh = make_mesh(*hardware.sizes)
     check_divisible(training.batch_size, hardware.microbatches, mesh, hardware.student, hardware.teacher)
     check_compatible(objective, teacher, vocab_size=model.vocab_size)
     if isinstance(teacher, MeanTeacher):
@@ -126,12 +127,14 @@ def train(
 
     with jax.set_mesh(mesh), StopRequest(several) as stop:
         # -------------------------------------------------------------- the state: a checkpoint's, or a new one
-        begin, run_step = (program := programs(student, training, objective, teacher, mesh)).begin, program.step
+        offload = hardware.offload_optimizer
+        program = programs(student, training, objective, teacher, mesh, offload)
+        begin, run_step = program.begin, program.step
         within = program.within
         checkpoints = Checkpointer(directory / "checkpoints", identity)
         weights = partial(first_weights, model, hardware.student, seed, initial_params)
         learned = (student.abstract(), within.abstract() if within else {})
-        restored = checkpoints.restore(abstract_state(begin, learned) | {"own": own.kept})
+        restored = checkpoints.restore(abstract_state(begin, learned, offload) | {"own": own.kept})
         if restored is not None:
             state, about = restored
             own.kept = state.pop("own")
@@ -198,8 +201,10 @@ def train(
             if running is not None:
                 finished(*running)
         finally:
-            events.close()
-            checkpoints.close()
+            try:
+                events.close()
+            finally:
+                checkpoints.close()
 
     # ------------------------------------------------------------------ what came of it
     trained = state["params"] if training.ema_decay is None else state["ema"]

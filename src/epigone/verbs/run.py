@@ -28,16 +28,14 @@ from epigone.storage.places import on_store
 
 
 @dataclass(frozen=True)
-class Run:
-    """Grow the lineage of a config: train, distil, self-train for generations.
+class OfConfig:
+    """What all verbs of a config are told.
 
     Attributes:
         config: a Python file with a function `lineage` that returns the Lineage.
         run: the run directory; by default runs/NAME below the current one.
         data: where prepared corpora lie; by default `data` beside the run directory.
-        node: grow this node alone; its parents must be done.
-        dry_run: print the plan and grow nothing.
-        json: print the plan as JSON, for schedulers: every node with its parents, costs, and whether it is done.
+        node: this node alone. To be grown, its parents must be done; a plan takes the largest by default.
         set: change a field of some nodes, as in student.lesson.training.steps=200; give it again for more.
     """
 
@@ -45,9 +43,20 @@ class Run:
     run: Place | None = None
     data: Place | None = None
     node: str | None = None
+    set: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+
+
+@dataclass(frozen=True)
+class Run(OfConfig):
+    """Grow the lineage of a config: train, distil, self-train for generations.
+
+    Attributes:
+        dry_run: print the plan and grow nothing.
+        json: print the plan as JSON, for schedulers: every node with its parents, costs, and whether it is done.
+    """
+
     dry_run: bool = False
     json: bool = False
-    set: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
 
 
 def run(arguments: Sequence[str]) -> None:
@@ -62,19 +71,19 @@ def run(arguments: Sequence[str]) -> None:
         grow_and_report(lineage, directory, options)
 
 
-def read_config(arguments: Sequence[str], verb: str) -> tuple[Lineage, Path, Any] | None:
+def read_config(arguments: Sequence[str], verb: str, base: type = Run) -> tuple[Lineage, Path, Any] | None:
     """The lineage of a config, its run directory and the options given with it; None where help was asked for."""
     if not arguments or arguments[0].startswith("-"):
         if {"-h", "--help"} & set(arguments):
-            parse(Run, ["--help"], f"epigone {verb}")
+            parse(base, ["--help"], f"epigone {verb}")
         raise UserError(f"say which config first, as in: epigone {verb} configs/quickstart.py")
     function = load_config(Path(arguments[0]))
-    kind = _with_options(function)
+    kind = _with_options(function, base, made_for(Path(arguments[0]), "HARDWARE"))
     if {"-h", "--help"} & set(arguments):
         _print_help(kind, function, arguments[0], verb)
         return None
     given = parse(kind, arguments, f"epigone {verb} {arguments[0]}")
-    if given.json and not (verb == "run" and given.dry_run):
+    if base is Run and given.json and not (verb == "run" and given.dry_run):
         raise UserError("--json prints a plan: give it as epigone run CONFIG --dry-run --json")
     options = {name: getattr(given, name) for name in inspect.signature(function).parameters}
     lineage = override(_called(function, options), given.set)
@@ -89,7 +98,7 @@ def load_config(path: Path) -> Callable[..., Lineage]:
     if not path.is_file():
         near = get_close_matches(str(path), [str(p) for p in Path("configs").glob("**/*.py")], n=1, cutoff=0.3)
         raise UserError(f"no config '{path}'" + (f"; did you mean '{near[0]}'?" if near else ""))
-    spec = importlib.util.spec_from_file_location(f"epigone_config_{path.stem}", path)
+    spec = importlib.util.spec_from_file_location(_module_name(path), path)
     if spec is None or spec.loader is None:
         raise UserError(f"config '{path}' is no Python file (.py)")
     # As for a script: modules beside the config, and in the current directory, can be imported.
@@ -100,6 +109,15 @@ def load_config(path: Path) -> Callable[..., Lineage]:
     if not callable(getattr(module, "lineage", None)):
         raise UserError(f"config '{path}' has no function 'lineage' that returns a Lineage")
     return module.lineage
+
+
+def _module_name(path: Path) -> str:
+    return f"epigone_config_{path.stem}"
+
+
+def made_for(config: Path, name: str) -> Any:
+    """The HARDWARE or the TOPOLOGY that a config, which is loaded, is made for; None where it names none."""
+    return getattr(sys.modules[_module_name(config)], name, None)
 
 
 def _called(function: Callable[..., Lineage], options: dict[str, Any]) -> Lineage:
@@ -125,23 +143,29 @@ def _guarded(path: Path, action: Callable[[], Any]) -> Any:
         raise UserError(f"config '{path}'{where}: {type(error).__name__}: {error}") from None
 
 
-def _with_options(function: Callable[..., Lineage]) -> type:
-    """`Run` with one more argument for each parameter of the config's function, and for the hardware."""
+def _with_options(function: Callable[..., Lineage], base: type, hardware: Any) -> type:
+    """`base` with one more argument for each parameter of the config's function, and for the hardware.
+
+    What is not given of the hardware is taken from that of the config.
+    """
     from epigone.training.loop import Hardware
 
     texts = {p.arg_name: p.description or "" for p in docstring_parser.parse(function.__doc__ or "").params}
-    extra: list[Any] = [("hardware", Hardware, field(default_factory=Hardware))]
+    hardware = Hardware() if hardware is None else hardware
+    if not isinstance(hardware, Hardware):
+        raise UserError(f"the config's HARDWARE is a {type(hardware).__name__}, and no epigone.training.loop.Hardware")
+    extra: list[Any] = [("hardware", Hardware, field(default_factory=lambda: hardware))]
     for name, parameter in inspect.signature(function).parameters.items():
         if parameter.default is inspect.Parameter.empty:
             raise UserError(f"parameter '{name}' of the config's function needs a default value")
-        if name in {f.name for f in dataclasses.fields(Run)} | {"hardware"}:
+        if name in {f.name for f in dataclasses.fields(base)} | {"hardware"}:
             raise UserError(f"parameter '{name}' of the config's function is an argument of 'epigone run': rename it")
         annotation = parameter.annotation if parameter.annotation is not parameter.empty else type(parameter.default)
         extra.append(
             (name, Annotated[annotation, tyro.conf.arg(help=texts.get(name, ""))], field(default=parameter.default))
         )
-    kind = dataclasses.make_dataclass("Run", extra, bases=(Run,), frozen=True)
-    kind.__doc__ = Run.__doc__
+    kind = dataclasses.make_dataclass(base.__name__, extra, bases=(base,), frozen=True)
+    kind.__doc__ = base.__doc__
     return kind
 
 
@@ -174,13 +198,13 @@ def show_plan(lineage: Lineage, directory: Path, data: Path | None) -> None:
     table = Table("node", "kind", "learns from", "parameters", "tokens", "FLOPs", "memory", "", title=lineage.name)
     for row in rows:
         state = "[green]done[/]" if row.done else ""
-        numbers = [_amount(row.parameters), _amount(row.tokens), _amount(row.flops), _amount(row.memory, "B")]
+        numbers = [amount(row.parameters), amount(row.tokens), amount(row.flops), amount(row.memory, "B")]
         table.add_row(row.key, row.kind, _few(row.parents), *numbers, state)
     console = Console()
     console.print(table)
     left = [row for row in rows if not row.done]
     flops, memory = sum(row.flops or 0 for row in left), max((row.memory or 0 for row in left), default=0)
-    todo = f"{_amount(flops)} FLOPs, at most {_amount(memory, 'B')} at once"
+    todo = f"{amount(flops)} FLOPs, at most {amount(memory, 'B')} at once"
     console.print(f"{len(rows)} nodes, {len(rows) - len(left)} done; to do: {todo}")
 
 
@@ -201,7 +225,7 @@ def _few(keys: Sequence[str]) -> str:
     return ", ".join(keys) if len(keys) <= 2 else f"{keys[0]}, ... {keys[-1]} ({len(keys)})"
 
 
-def _amount(value: float | None, unit: str = "") -> str:
+def amount(value: float | None, unit: str = "") -> str:
     """A number with three digits and a metric prefix; '?' for what is not known before."""
     if value is None:
         return "?"
