@@ -1,7 +1,6 @@
 """Checkpoints: equal to the bit, whole or invisible, and what is damaged or foreign is named in one line."""
 
 import errno
-import json
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +16,7 @@ from epigone.models import decoder
 from epigone.models.sharding import make_mesh
 from epigone.training import sealed_on_disk
 from epigone.training.checkpoint import Checkpointer, load_params, save_params
+from epigone.training.sealed import Damaged, read_manifest
 
 
 def largest(directory):
@@ -170,7 +170,20 @@ def test_restored_arrays_lie_where_they_are_asked_for(tmp_path):
 
 def test_the_manifest_says_what_it_is(tmp_path):
     with_steps(tmp_path, 3)
-    manifest = json.loads((tmp_path / "step_00000003" / "manifest.json").read_text())
+    manifest = read_manifest(tmp_path / "step_00000003")
     assert manifest["identity"] == IDENTITY
     assert manifest["step"] == 3
     assert manifest["arrays"]["params.a_DF"] == [[16, 8], "float32"]
+
+
+def test_no_bit_of_the_manifest_can_change_and_no_byte_be_missing(tmp_path):
+    with_steps(tmp_path, 3)
+    path = tmp_path / "step_00000003" / "manifest.json"
+    whole = path.read_bytes()
+    flipped = [whole[:at] + bytes([whole[at] ^ 1 << at % 8]) + whole[at + 1 :] for at in range(len(whole))]
+    for harmed in [*flipped, *(whole[:at] for at in range(len(whole))), whole + b"\n"]:
+        path.write_bytes(harmed)
+        with pytest.raises(Damaged, match=r"manifest.json is missing or unreadable"):
+            read_manifest(path.parent)
+    path.write_bytes(whole)
+    assert read_manifest(path.parent)["about"] == {"seen": 3}

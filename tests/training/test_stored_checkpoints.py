@@ -1,6 +1,5 @@
 """Checkpoints in a bucket: equal to the bit, whole or not there, from any mesh to any mesh."""
 
-import json
 import os
 import re
 import socket
@@ -24,7 +23,7 @@ from epigone.models.sharding import make_mesh
 from epigone.storage.places import entries, write_whole
 from epigone.training import stored_arrays
 from epigone.training.checkpoint import Checkpointer, load_params, save_params
-from epigone.training.sealed import Damaged
+from epigone.training.sealed import Damaged, manifest_text, read_manifest
 
 
 def object_of(directory, ending):
@@ -137,9 +136,9 @@ def harm(step, how):
         write_whole(step / "manifest.json", b"{")
     else:  # the store gives other bytes than it says that it has: only who reads them can know
         write_whole(path, bytes(data))
-        manifest = json.loads((step / "manifest.json").read_text())
+        manifest = read_manifest(step)
         manifest["files"] = entries(step / manifest["part"])
-        write_whole(step / "manifest.json", json.dumps(manifest).encode())
+        write_whole(step / "manifest.json", manifest_text(manifest))
 
 
 @pytest.mark.parametrize("how", ["flipped", "short", "missing", "manifest", "unseen"])

@@ -1,6 +1,5 @@
 """A run that trains adapters alone: against plain optax, on meshes, resumed, on its own texts."""
 
-import json
 import os
 import signal
 from dataclasses import replace
@@ -22,6 +21,7 @@ from epigone.teachers.in_memory import DecoderTeacher
 from epigone.training.config import Hardware
 from epigone.training.optimizer import Optimizer, transformation
 from epigone.training.own_texts import OwnTexts
+from epigone.training.sealed import read_manifest
 from epigone.training.sharding import to_mesh
 from epigone.training.step import programs
 from epigone.training.student import Student
@@ -133,7 +133,7 @@ def test_stopped_on_its_own_texts_it_goes_on_to_the_bit_from_a_checkpoint_withou
     with pytest.raises(Stopped):
         adapted(tmp_path / "cut", on_step=stop, **on_own_texts())
     (manifest,) = (tmp_path / "cut").glob("checkpoints/*/manifest.json")
-    kept = json.loads(manifest.read_text())["arrays"]
+    kept = read_manifest(manifest.parent)["arrays"]
     assert not [name for name in kept if "layers" in name or "embedding" in name]
     assert {name.split(".")[1] for name in kept if name.startswith("ema")} == set(whole.adapters)
     resumed = adapted(tmp_path / "cut", **on_own_texts())

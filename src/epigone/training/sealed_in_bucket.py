@@ -5,14 +5,13 @@ size and checksum of each object as the store says them, in one listing: nothing
 read is compared with checksums of its own (`stored_arrays`).
 """
 
-import json
 import random
 from pathlib import Path
 from typing import Any
 
 from epigone.storage.places import Entry, entries, same, write_whole
 from epigone.storage.places import remove as remove_all
-from epigone.training.sealed import MANIFEST, Damaged, read_manifest
+from epigone.training.sealed import MANIFEST, Damaged, manifest_text, read_manifest
 
 ASIDE = "damaged.json"
 """What the manifest of a damaged one is called."""
@@ -36,7 +35,7 @@ def sealed(final: Path, manifest: dict[str, Any]) -> Path:
 def seal(final: Path, number: int, manifest: dict[str, Any]) -> None:
     """Write the manifest, then remove what it replaced."""
     part = written(final, number).name
-    write_whole(final / MANIFEST, json.dumps(manifest | {"part": part, "files": entries(final / part)}).encode())
+    write_whole(final / MANIFEST, manifest_text(manifest | {"part": part, "files": entries(final / part)}))
     for other in {name.partition("/")[0] for name in entries(final) if "/" in name} - {part}:
         remove_all(final / other)
 

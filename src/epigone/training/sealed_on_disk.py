@@ -1,13 +1,12 @@
 """Checkpoints on a disk: written under a hidden name, and renamed when their manifest is there."""
 
-import json
 import os
 import shutil
 from pathlib import Path
 from typing import Any
 
 from epigone.storage.folders import sealed_as
-from epigone.training.sealed import MANIFEST, Damaged, read_manifest
+from epigone.training.sealed import MANIFEST, Damaged, manifest_text, read_manifest
 
 
 def begin(final: Path) -> int:
@@ -32,8 +31,8 @@ def seal(final: Path, number: int, manifest: dict[str, Any]) -> None:
     """Write the manifest, and give the directory its name in one step."""
     hidden = written(final, number)
     files = {str(p.relative_to(hidden)): sealed_as(p) for p in sorted(hidden.rglob("*")) if p.is_file()}
-    with (hidden / MANIFEST).open("w") as file:
-        json.dump(manifest | {"files": files}, file)
+    with (hidden / MANIFEST).open("wb") as file:
+        file.write(manifest_text(manifest | {"files": files}))
         file.flush()
         os.fsync(file.fileno())
     if final.exists():
