@@ -9,14 +9,9 @@ them as they are). Temporaries are what XLA's compiled program needs beside its 
 """
 
 import argparse
-import importlib
 import os
-import sys
-import time
-import types
 from collections.abc import Callable
-from importlib.util import find_spec
-from pathlib import Path
+from functools import partial
 from typing import NamedTuple
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -29,6 +24,7 @@ prepare()  # before JAX is imported, which reads some of these settings then
 import jax
 import jax.numpy as jnp
 import numpy as np
+from alternating import in_turn, liger_loss, quartiles, seconds_of
 
 from epigone.lessons import divergences
 from epigone.lessons.fused import fused_loss
@@ -39,9 +35,6 @@ NAMES = ["forward_kl", "reverse_kl", "symmetric_kl", "jsd", "skew_forward_kl", "
 NAMES += ["total_variation", "alpha_beta", "logit_mse"]
 OBJECTIVES = {name: Objective(getattr(divergences, name)) for name in NAMES}
 OBJECTIVES |= {"cross_entropy": TEXT_ALONE, "half_hard": Objective(hard_weight=0.5)}
-
-PAUSE = 0.3
-"""Seconds between two jobs, in which threads of the last one that still spin come to rest."""
 
 
 class Shape(NamedTuple):
@@ -124,20 +117,9 @@ def liger(given: Arrays, threads: int) -> Job:
     import torch
 
     torch.set_num_threads(threads)
-    if (
-        "liger_kernel" not in sys.modules
-    ):  # its own __init__ asks for GPU packages, which the chunked losses do not need
-        spec = find_spec("liger_kernel")
-        if spec is None or spec.submodule_search_locations is None:
-            raise ModuleNotFoundError("No module named 'liger_kernel'", name="liger_kernel")
-        for name in ("liger_kernel", "liger_kernel.chunked_loss"):
-            package = types.ModuleType(name)
-            package.__path__ = [str(Path(spec.submodule_search_locations[0], *name.split(".")[1:]))]
-            sys.modules[name] = package
-    module = importlib.import_module("liger_kernel.chunked_loss.jsd_loss")
     student_TD, student_VD, teacher_TD, teacher_VD = (torch.from_numpy(x.copy()) for x in given)
     leaves, labels = [student_TD.requires_grad_(), student_VD.requires_grad_()], torch.zeros(len(student_TD), dtype=int)
-    loss = module.LigerFusedLinearJSDLoss(weight_hard_loss=0.0, weight_soft_loss=1.0, beta=0.0)
+    loss = liger_loss(weight_hard_loss=0.0, weight_soft_loss=1.0, beta=0.0)
     return torch_job(lambda: loss(*leaves, teacher_TD, teacher_VD, labels), leaves)
 
 
@@ -180,19 +162,6 @@ def check(jobs: dict[str, Job]) -> None:
                 raise SystemExit(f"{name} computes something else")
 
 
-def measure(jobs: dict[str, Job], rounds: int) -> dict[str, list[float]]:
-    """Seconds of each job in each round."""
-    found: dict[str, list[float]] = {name: [] for name in jobs}
-    names = list(jobs)
-    for number in range(rounds):
-        for name in names[number % len(names) :] + names[: number % len(names)]:
-            time.sleep(PAUSE)
-            begun = time.perf_counter()
-            jobs[name]()
-            found[name].append(time.perf_counter() - begun)
-    return found
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     defaults = {"tokens": 4096, "vocab-size": 128_256, "student": 1024, "teacher": 1024}
@@ -207,9 +176,9 @@ def main() -> None:
     sizes = f"{shape.tokens:,} tokens, vocabulary {shape.vocab_size:,}, D {shape.student} and {shape.teacher}"
     print(f"{given['objective']}: {sizes}")
     print(*told, sep="\n")
-    seconds = measure(jobs, given["rounds"])
+    seconds = in_turn({name: partial(seconds_of, job) for name, job in jobs.items()}, given["rounds"])
     for name, times in seconds.items():
-        low, ratio, high = np.quantile(np.array(times) / seconds["fused"], [0.25, 0.5, 0.75])
+        low, ratio, high = quartiles(times, seconds["fused"])
         print(f"{name:<14} {np.median(times):7.2f} s   fused is faster by {ratio:.2f} ({low:.2f}-{high:.2f})")
 
 

@@ -104,7 +104,7 @@ def speed(work: Any, tokens: int, rounds: int) -> float:
 
 def train_speed(config: DecoderConfig, cached: CachedTeacher, batches: Batches, rounds: int) -> float:
     """Tokens a second of a training step with what was kept, reading left out."""
-    mesh = make_mesh(1, 1, 1)
+    mesh = make_mesh(1, 1, tensor=1)
     with jax.set_mesh(mesh):
         training = Training(steps=100, batch_size=batches.batch_size, sequence_length=T)
         program = programs(Student(config), training, Objective(forward_kl), cached, mesh)

@@ -15,6 +15,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,6 +28,7 @@ prepare()  # before JAX is imported, which reads some of these settings then
 
 # ruff: noqa: E402
 import numpy as np
+from alternating import in_turn, quartiles
 
 from epigone.models.config import DecoderConfig
 from epigone.models.decoder import init, parameter_count
@@ -39,8 +41,6 @@ Generate = Callable[[list[list[int]], int, bool], list[list[int]]]
 """Prompts (bos included), number of new tokens, greedy -> new tokens of each row."""
 
 BATCHES = (1, 32)
-PAUSE = 0.3
-"""Seconds between two jobs, in which threads of the last one that still spin come to rest."""
 
 
 class Shape(NamedTuple):
@@ -288,7 +288,6 @@ def check_greedy(generators: dict[str, Generate], shape: Shape) -> None:
 
 def seconds_of(generate: Generate, prompts: list[list[int]], new: int) -> float:
     """Seconds for so many new tokens in each row."""
-    time.sleep(PAUSE)
     start = time.perf_counter()
     rows = generate(prompts, new, False)
     seconds = time.perf_counter() - start
@@ -299,16 +298,12 @@ def seconds_of(generate: Generate, prompts: list[list[int]], new: int) -> float:
 
 
 def measure(generators: dict[str, Generate], shape: Shape, batch: int, new: int, rounds: int) -> dict[str, np.ndarray]:
-    """Seconds of every library in every round; each round begins with another library."""
-    prompts, names = prompts_of(shape, batch), list(generators)
-    for name in names:
-        seconds_of(generators[name], prompts, new)
-    seconds: dict[str, list[float]] = {name: [] for name in names}
-    for round in range(rounds):
-        first = round % len(names)
-        for name in names[first:] + names[:first]:
-            seconds[name].append(seconds_of(generators[name], prompts, new))
-    return {name: np.array(values) for name, values in seconds.items()}
+    """Seconds of every library in every round."""
+    prompts = prompts_of(shape, batch)
+    jobs = {name: partial(seconds_of, generate, prompts, new) for name, generate in generators.items()}
+    for job in jobs.values():
+        job()
+    return in_turn(jobs, rounds)
 
 
 def report(seconds: dict[str, np.ndarray], firsts: dict[str, np.ndarray], batch: int, new: int) -> None:
@@ -316,7 +311,7 @@ def report(seconds: dict[str, np.ndarray], firsts: dict[str, np.ndarray], batch:
     head = ("library", "tokens/s", "first token, ms", "epigone is faster by", "quartiles")
     print(f"\nbatch {batch}\n{head[0]:14}{head[1]:>10}{head[2]:>18}{head[3]:>23}{head[4]:>16}")
     for name, values in seconds.items():
-        low, middle, high = np.quantile(values / seconds["epigone"], (0.25, 0.5, 0.75))
+        low, middle, high = quartiles(values, seconds["epigone"])
         speed, first = batch * new / np.median(values), 1000 * np.median(firsts[name])
         print(f"{name:14}{speed:10.0f}{first:18.1f}{middle:23.2f}{low:10.2f}-{high:.2f}")
 

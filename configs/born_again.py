@@ -8,7 +8,7 @@ Why      Furlanello et al. 2018 (born-again networks): a student of its teacher'
          all generations together are best. Tarvainen & Valpola 2017 (mean teacher): the running average of the weights
          is a better model, and so can teach them while they are trained.
 Command  epigone run configs/born_again.py
-Cost     Measured: 7 minutes and 1.9 GiB on two CPU cores.
+Cost     Measured: three and a half minutes and 1.9 GiB on two CPU cores.
 Expect   Held-out perplexity: teacher 91, control 92, generations 87, 85 and 82, the student of all 84. The running
          average of the weights, 97, and its student, 101, gain nothing. docs/lessons.md has the figures.
 """

