@@ -38,6 +38,7 @@ MAY_IMPORT = {
     "store": {"errors", "identity", "lineage", "storage"},
     "view": {"lineage"},
     "overrides": {"errors", "lineage"},
+    "planning": {"devices", "errors", "lineage", "materials", "models", "lessons", "teachers", "training", "plan"},
     "materials": {
         "errors",
         "identity",
@@ -63,7 +64,9 @@ MAY_IMPORT = {
     "report": {"errors", "storage"},
     "devices": set(),
     "runtime": set(),
-    "processes": {"errors"},
+    "processes": {"errors", "watchdog"},
+    "watchdog": {"errors", "liveness"},
+    "liveness": set(),
 }
 """Rooms that may be imported, beside a room's own files. What is not named here stands above all of these."""
 

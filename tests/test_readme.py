@@ -28,11 +28,13 @@ def commands(first_word: str) -> list[str]:
 
 
 def shrunk(words: list[str]) -> list[str]:
-    """The same command on a smaller lineage; what runs on a mesh grows one node, in a run of its own."""
+    """The same command on a smaller lineage; one node of it on a mesh, in a run of its own, or where a value is set."""
     if words[0] != "run" or {"--help", "--dry-run"} & set(words):
         return words
     if any(word.startswith("--hardware") for word in words):
         words = [*words, "--node", "teacher@0", "--run", "runs/mesh"]
+    if "--set" in words:
+        words = [*words, "--node", "teacher@0"]
     return [*words, *(SHRUNK[2:] if "--seeds" in words else SHRUNK)]
 
 
