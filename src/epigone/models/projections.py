@@ -124,10 +124,10 @@ def _mixed_backward(
     where: _Where, kept: tuple[jax.Array, jax.Array], gradient: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     x, weight = kept
-    sharding, inputs, outputs = where.sharding, where.inputs, where.outputs
-    for_x = where.einsum("bto,io->bti", gradient, where.used(weight), into=sharding.activation("BT" + inputs))
-    stored = sharding.weight(inputs + outputs)
-    for_weight = where.einsum("bti,bto->io", x, gradient, into=stored, preferred_element_type=weight.dtype)
+    # Gradients lie as their operands do: as the rules say, or whole where a fork multiplies arrays that nobody placed.
+    like_x, like_weight = (jax.typeof(operand).sharding.spec for operand in kept)
+    for_x = where.einsum("bto,io->bti", gradient, where.used(weight), into=like_x)
+    for_weight = where.einsum("bti,bto->io", x, gradient, into=like_weight, preferred_element_type=weight.dtype)
     return for_x, for_weight
 
 
