@@ -240,6 +240,18 @@ def slice_indices(documents: Sequence[np.ndarray], skip_tokens: int, tokens: int
     return [int(index) for index in order[first:last]]
 
 
+def subsample_indices(documents: Sequence[np.ndarray], tokens: int, seed: int) -> list[int]:
+    """Whole documents drawn at random without repetition, until they hold `tokens` (one eos a document), in order.
+
+    The document in which the number is reached is taken too. Raises UserError if the text is too short.
+    """
+    order = np.random.default_rng(seed).permutation(len(documents))
+    ends = np.cumsum([len(documents[index]) + 1 for index in order])
+    if not len(ends) or ends[-1] < tokens:
+        raise UserError(f"the text has {int(ends[-1]) if len(ends) else 0} tokens, too few to draw {tokens} of them")
+    return sorted(int(index) for index in order[: int(np.searchsorted(ends, tokens)) + 1])
+
+
 def _prepared(
     directory: Path,
     documents: Callable[[str], Iterable[str]],

@@ -189,10 +189,20 @@ class Tokenizer:
 
         Of words, `encode(decode(ids))` gives `ids` back. Of bytes and BPE, `decode(encode(text))` gives `text` back.
         """
+        known = np.asarray(ids)
+        if self._words and not specials and len(known) and 0 <= known.min() <= known.max() < len(self._printed):
+            words = [self._printed[index] for index in known.tolist()]
+            return readable([word for word in words if word is not None])
         kept = [int(index) for index in ids if specials or int(index) not in self.special_ids or self._unknown(index)]
         if self._words:
             return readable([self.shown(index) for index in kept])
         return self.inner.decode(kept, skip_special_tokens=False)
+
+    @functools.cached_property
+    def _printed(self) -> list[str | None]:
+        """Every word as it is printed; None for what vanishes."""
+        vanish = self.special_ids - {self.specials.unk}
+        return [None if index in vanish else self.shown(index) for index in range(self.inner.get_vocab_size())]
 
     def shown(self, index: int) -> str:
         """A word as it is printed; an unknown one as U+FFFD."""

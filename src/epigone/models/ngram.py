@@ -1,7 +1,7 @@
 """The "small language model": it knows only how often n tokens stood together, and is sampled from what it scores."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from epigone.errors import UserError
+from epigone.identity import WHERE_SET
 from epigone.models import counts as counting
 from epigone.models import ngram_files, ngram_sampling
 from epigone.models.counts import Counts, Level
@@ -24,11 +25,15 @@ class NGram:
         order: Tokens in an n-gram; the context has one less, padded by bos.
         smoothing: How counts become probabilities: `witten_bell`, `kneser_ney`, `mle`, or one of that shape.
         scales: Candidates for the factor on the counts; validation text picks one, else the nearest to 1 is taken.
+        writing: How counts become the probabilities that it writes by; None: those that it scores by. `mle` writes by
+            the relative frequencies of what was read, and so adds no word of its own: a smoothed model that reads
+            itself again and again adds a little noise each time.
     """
 
     order: int = 3
     smoothing: Smoothing = witten_bell
     scales: tuple[float, ...] = (0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.5, 0.7, 1.0, 1.5, 2.0, 3.0, 5.0)
+    writing: Smoothing | None = field(default=None, metadata={"identity": WHERE_SET})
 
     def __post_init__(self) -> None:
         if self.order < 1:
@@ -46,12 +51,14 @@ class NGramModel:
         masses: Weights and escape mass of each level.
         scale: The factor on the counts that was chosen.
         smoothing: Name of the smoothing function, for display.
+        written: The masses by which it writes; None: `masses`.
     """
 
     levels: tuple[Level, ...]
     masses: tuple[Mass, ...]
     scale: float
     smoothing: str
+    written: tuple[Mass, ...] | None = None
 
     @classmethod
     def fit(
@@ -72,7 +79,8 @@ class NGramModel:
             raise UserError(f"vocabulary of {vocab_size}: nothing can be predicted but pad, bos and eos")
         counts = counting.count(*counting.flatten(documents, config.order, vocab_size), config.order, vocab_size)
         scale = _choose_scale(config, counts, validation)
-        return cls(counts.levels, tuple(config.smoothing(counts, scale)), scale, _name(config.smoothing))
+        written = tuple(config.writing(counts, scale)) if config.writing else None
+        return cls(counts.levels, tuple(config.smoothing(counts, scale)), scale, _name(config.smoothing), written)
 
     @property
     def order(self) -> int:
@@ -93,6 +101,11 @@ class NGramModel:
     def parameter_count(self) -> int:
         """Stored n-grams of all lengths."""
         return sum(len(level.tokens_E) for level in self.levels)
+
+    @cached_property
+    def writer(self) -> "NGramModel":
+        """The model that it writes by, mostly itself."""
+        return replace(self, masses=self.written, written=None) if self.written else self
 
     @cached_property
     def totals(self) -> tuple[np.ndarray, ...]:
@@ -140,8 +153,8 @@ class NGramModel:
     def draw(
         self, context: Document, size: int, seed: int, *, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0
     ) -> np.ndarray:
-        """`size` independent next tokens after one context, int32, from the row that `next_log_probs` gives."""
-        sampler = ngram_sampling.Sampler(self, temperature, top_k, top_p)
+        """`size` independent next tokens after one context, int32, from the row that the `writer` gives."""
+        sampler = ngram_sampling.Sampler(self.writer, temperature, top_k, top_p)
         history = counting.histories([context], self.order, self.vocab_size)
         contexts = [np.repeat(ids, size) for ids in counting.find_contexts(self.levels, history)]
         return sampler.next_tokens(contexts, np.random.default_rng(seed)).astype(np.int32)
@@ -160,7 +173,7 @@ class NGramModel:
 
         Documents are independent, and kept in the order in which they were begun, so that short ones are not favoured.
         """
-        sampler = ngram_sampling.Sampler(self, temperature, top_k, top_p)
+        sampler = ngram_sampling.Sampler(self.writer, temperature, top_k, top_p)
         return ngram_sampling.write(sampler, tokens, seed, max_length)
 
     def sample(
@@ -175,7 +188,7 @@ class NGramModel:
         top_p: float = 1.0,
     ) -> list[list[Document]]:
         """`samples` continuations of bos + each prompt, each until eos (not included) or `length` tokens."""
-        sampler = ngram_sampling.Sampler(self, temperature, top_k, top_p)
+        sampler = ngram_sampling.Sampler(self.writer, temperature, top_k, top_p)
         return ngram_sampling.sample(sampler, prompts, seed, samples, length)
 
     def stream(
@@ -188,13 +201,14 @@ class NGramModel:
 
     def save(self, path: Path) -> None:
         """Write the model as safetensors, atomically. Raises Fault where the disk refuses."""
-        ngram_files.save(Path(path), self.levels, self.masses, {"scale": repr(self.scale), "smoothing": self.smoothing})
+        notes = {"scale": repr(self.scale), "smoothing": self.smoothing}
+        ngram_files.save(Path(path), self.levels, self.masses, notes, self.written)
 
     @classmethod
     def load(cls, path: Path) -> "NGramModel":
         """Read what `save` wrote. Raises UserError where nothing is, Fault where the file is damaged or foreign."""
-        levels, masses, notes = ngram_files.load(Path(path))
-        return cls(levels, masses, float(notes["scale"]), notes["smoothing"])
+        levels, masses, notes, written = ngram_files.load(Path(path))
+        return cls(levels, masses, float(notes["scale"]), notes["smoothing"], written)
 
 
 def _name(smoothing: Smoothing) -> str:

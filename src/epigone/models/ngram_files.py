@@ -23,9 +23,17 @@ _DTYPES = {
 }
 
 
-def save(path: Path, levels: Sequence[Level], masses: Sequence[Mass], notes: Mapping[str, str]) -> None:
-    """Write levels, masses and notes to `path`; the file appears whole or not at all."""
-    arrays = {}
+def save(
+    path: Path,
+    levels: Sequence[Level],
+    masses: Sequence[Mass],
+    notes: Mapping[str, str],
+    written: Sequence[Mass] | None = None,
+) -> None:
+    """Write levels, masses, those it writes by, and notes to `path`; the file appears whole or not at all."""
+    arrays: dict[str, np.ndarray] = {}
+    for k, mass in enumerate(written or ()):
+        arrays |= {f"{k}.written.{name}": np.ascontiguousarray(array) for name, array in mass._asdict().items()}
     for k, (level, mass) in enumerate(zip(levels, masses, strict=True)):
         parts = (level.context_keys_C, level.starts, level.tokens_E, mass.weights_E, mass.escape_C)
         for name, array in zip(_DTYPES, parts, strict=True):
@@ -47,8 +55,8 @@ def save(path: Path, levels: Sequence[Level], masses: Sequence[Mass], notes: Map
         raise Fault(f"{path}: the n-gram model could not be written ({error.strerror or error})") from error
 
 
-def load(path: Path) -> tuple[tuple[Level, ...], tuple[Mass, ...], dict[str, str]]:
-    """Read what `save` wrote: levels, masses and notes."""
+def load(path: Path) -> tuple[tuple[Level, ...], tuple[Mass, ...], dict[str, str], tuple[Mass, ...] | None]:
+    """Read what `save` wrote: levels, masses, notes, and the masses that it writes by."""
     if not path.is_file():
         raise UserError(f"{path}: no such n-gram model")
     try:
@@ -66,7 +74,10 @@ def load(path: Path) -> tuple[tuple[Level, ...], tuple[Mass, ...], dict[str, str
     order, vocab_size = int(header["order"]), int(header["vocab_size"])
     parts = [[arrays[f"{k}.{name}"] for name in _DTYPES] for k in range(order)]
     levels = tuple(Level(vocab_size, keys, starts, tokens) for keys, starts, tokens, _, _ in parts)
-    return levels, tuple(Mass(weights, escape) for *_, weights, escape in parts), header
+    masses = tuple(Mass(weights, escape) for *_, weights, escape in parts)
+    written = [Mass(**{name: arrays[f"{k}.written.{name}"] for name in Mass._fields}) for k in range(order)
+               if f"{k}.written.weights_E" in arrays]  # fmt: skip
+    return levels, masses, header, tuple(written) or None
 
 
 def _hash(arrays: Mapping[str, np.ndarray], header: Mapping[str, str]) -> str:
