@@ -13,7 +13,7 @@ from epigone.errors import Fault, UserError
 from epigone.families import chain, fan_out, population, repeat
 from epigone.identity import canonical, fingerprint, restore
 from epigone.lessons.objective import Objective
-from epigone.lineage import Evaluation, Lesson, Lineage, Node, Text, TrainedTokenizer, Written
+from epigone.lineage import Evaluation, Lesson, Lineage, Node, Population, Text, TrainedTokenizer, Written
 from epigone.models.config import DecoderConfig
 from epigone.training.config import Training
 
@@ -107,6 +107,75 @@ def test_regimes_take_what_they_say():
     ]
     assert {sum(source.tokens for source in n.lesson.text) for n in fresh} == {1000}
     assert {n.labels["regime"] for n in fresh} == {"fresh share"}
+
+
+def sources(regime, generations=3):
+    """What the generations of a chain read: (who wrote it, tokens of it that are read), or (None, first, tokens)."""
+    return [
+        [(s.by, s.size) if isinstance(s, Written) else (None, s.skip, s.size) for s in n.lesson.text]
+        for n in chain(node("n"), generations, regime, name="r")
+    ]
+
+
+def test_every_regime_reads_what_its_name_says():
+    real = (None, 0, 1000)
+    assert sources(regimes.replace_grown) == [[("n@0", 2000)], [("r@1", 3000)], [("r@2", 4000)]]
+    third = [(None, 0, 333), ("n@0", 333), ("r@1", 333)]
+    assert sources(regimes.accumulate_subsample)[:2] == [[(None, 0, 500), ("n@0", 500)], third]
+    window = sources(partial(regimes.sliding_window, last=2))
+    assert window == [[real, ("n@0", 1000)], [("n@0", 1000), ("r@1", 1000)], [("r@1", 1000), ("r@2", 1000)]]
+    fixed = sources(partial(regimes.fixed_share, share=0.2))
+    assert fixed == [[(None, 0, 200), (by, 800)] for by in ("n@0", "r@1", "r@2")]
+    assert sources(regimes.real_only) == [[(None, 1000 * g, 1000)] for g in (1, 2, 3)]
+
+
+def test_a_part_of_a_text_is_drawn_of_the_text_that_is_there():
+    part = chain(node("n"), 2, regimes.accumulate_subsample, name="r")[1].lesson.text
+    assert part[0].whole == REAL
+    assert part[1].whole == Written(by="n@0", tokens=1000)
+    assert fingerprint(part[1]) != fingerprint(part[1].whole)
+
+
+@pytest.mark.parametrize("share", [0.0, 1.0, -0.5])
+@pytest.mark.parametrize("regime", [regimes.fixed_share, regimes.fresh_share])
+def test_a_share_lies_between_none_and_all(regime, share):
+    with pytest.raises(UserError, match="a share of real text lies between 0 and 1"):
+        sources(partial(regime, share=share))
+
+
+def test_a_window_has_a_text():
+    with pytest.raises(UserError, match="last=0"):
+        sources(partial(regimes.sliding_window, last=0))
+
+
+@pytest.mark.parametrize("kind", [Text, partial(Written, tokens=10)])
+def test_no_more_is_drawn_than_there_is(kind):
+    with pytest.raises(UserError, match="subsample=11 of tokens=10"):
+        kind("x", tokens=10, subsample=11)
+
+
+def test_successors_take_turns_begin_warm_and_learn_scores():
+    small, large = node("small", size=1), node("large", size=9)
+    turns = chain(node("n"), 3, regimes.replace, name="r", successors=(small, large))
+    assert [n.model.size for n in turns] == [1, 9, 1]
+    assert [n.lesson.text[0].by for n in turns] == ["n@0", "r@1", "r@2"]
+    warm = chain(node("n"), 2, regimes.replace, name="r", warm=True, scores=True)
+    assert [(n.lesson.start_from, n.lesson.teacher) for n in warm] == [("n@0", "n@0"), ("r@1", "r@1")]
+    cold = chain(node("n"), 2, regimes.replace, name="r")
+    assert [(n.lesson.start_from, n.lesson.teacher) for n in cold] == [(None, None)] * 2
+
+
+def test_a_population_names_nodes_of_its_lineage_each_once():
+    few = (node("a"), node("b"))
+    kept = Population("both", ("a@0", "b@0"), {"teachers": 2})
+    assert Lineage("test", few, EVALUATION, populations=(kept,)).identities == lineage(*few).identities
+    with pytest.raises(UserError, match="no node 'c@0'"):
+        Lineage("test", few, EVALUATION, populations=(Population("p", ("a@0", "c@0")),))
+    with pytest.raises(UserError, match="two populations 'both'"):
+        Lineage("test", few, EVALUATION, populations=(kept, kept))
+    for members in (("a@0",), ("a@0", "a@0"), ()):
+        with pytest.raises(UserError, match="two nodes or more, each once"):
+            Population("p", members)
 
 
 def test_a_chain_needs_real_text_of_known_size():

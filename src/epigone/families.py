@@ -60,12 +60,33 @@ def born_again(teacher: Node, generations: int, objective: Any, *, name: str = "
     return tuple(nodes[1:])
 
 
-def chain(root: Node, generations: int, regime: Any, *, name: str, writing: Written | None = None) -> tuple[Node, ...]:
+def chain(
+    root: Node,
+    generations: int,
+    regime: Any,
+    *,
+    name: str,
+    writing: Written | None = None,
+    successors: Sequence[Node] = (),
+    warm: bool = False,
+    scores: bool = False,
+) -> tuple[Node, ...]:
     """Generations after `root`, each taught by text as `regime` mixes it; returned without the root.
 
-    `regime` is a function of `epigone.regimes`: (real text, [text written by generation 0, 1, ...]) -> sources of the
-    next. `writing` says how the text is sampled (its `by` is replaced, and its `tokens` when 0): by default as many
-    tokens as the root's real text, at temperature 1. Seeds, model and training are the root's.
+    Args:
+        root: learned real text of a known size; its seed and its tokenizer are those of all.
+        generations: how many.
+        regime: a function of `epigone.regimes`: (real text, [text written by generation 0, 1, ...]) -> sources of the
+            next.
+        name: of the generations.
+        writing: how the text is sampled (its `by` is replaced, and its `tokens` when 0): by default as many tokens as
+            the root's real text, at temperature 1. Its judge and its prompts stay.
+        successors: nodes of which the generations are made in turn, without their text: smaller, larger or of another
+            kind than the root. By default the root itself.
+        warm: each begins with the weights of the one before, else fresh.
+        scores: each learns from the scores of the one before too, as the objective of its lesson says.
+
+    Raises: UserError for a root that learned from another node, or a text of unknown size.
     """
     real = root.lesson.text[0]
     if not isinstance(real, Text):
@@ -73,12 +94,19 @@ def chain(root: Node, generations: int, regime: Any, *, name: str, writing: Writ
     writing = writing or Written(by="", tokens=0)
     if not (writing.tokens or real.tokens):
         raise UserError(f"say how many tokens each generation writes: '{root.key}' takes its whole corpus")
-    nodes = [root]
+    nodes, recipes = [root], successors or (root,)
     for generation in range(1, generations + 1):
         written = [dataclasses.replace(writing, by=n.key, tokens=writing.tokens or real.tokens or 0) for n in nodes]
-        lesson = dataclasses.replace(root.lesson, text=regime(real, written))
-        labels = {**root.labels, "regime": regime_name(regime)}
-        nodes.append(dataclasses.replace(root, name=name, generation=generation, lesson=lesson, labels=labels))
+        recipe, before = recipes[(generation - 1) % len(recipes)], nodes[-1].key
+        lesson = dataclasses.replace(
+            recipe.lesson,
+            text=regime(real, written),
+            start_from=before if warm else recipe.lesson.start_from,
+            teacher=before if scores else recipe.lesson.teacher,
+        )
+        labels = {**root.labels, "regime": regime_name(regime)} | dict(recipe.labels if successors else {})
+        made = {"name": name, "generation": generation, "model": recipe.model, "lesson": lesson, "labels": labels}
+        nodes.append(dataclasses.replace(root, **made))
     return tuple(nodes[1:])
 
 

@@ -20,7 +20,7 @@ from epigone.errors import UserError
 from epigone.identity import canonical, fingerprint
 from epigone.lineage import Lineage, Node, Text, TrainedTokenizer, Written
 from epigone.materials import Materials, count_tokens, fill, seed_of
-from epigone.measure import measured
+from epigone.measure import compared, measured
 from epigone.models.language_model import Document
 from epigone.models.ngram import NGram, NGramModel
 from epigone.pretrained import import_weights
@@ -75,7 +75,19 @@ def grow(
                 remove(store.directory(node) / "training" / "checkpoints")
             wait(f"{node.key} is done")
             view.finish(node, record)
+        if is_first():
+            _compare_populations(materials, view)
     return [node.key for node in nodes]
+
+
+def _compare_populations(materials: Materials, view: View) -> None:
+    """Hold the members of each population against each other, where all are grown and it was not done."""
+    store = materials.store
+    for population in store.lineage.populations if store.lineage.evaluation else ():
+        members = [store.lineage[key] for key in population.members]
+        if store.population_record(population) is None and all(store.record(node) is not None for node in members):
+            view.stage(f"compare {population.key}")
+            store.write_population(population, compared(members, materials))
 
 
 def pending(store: Store) -> list[Node]:
@@ -164,8 +176,13 @@ def _first_read_by(node: Node, lineage: Lineage) -> list[Written]:
     The order says so, not the disk: a run that was killed behind the writing would else forget what it cost.
     """
     before = itertools.takewhile(lambda other: other is not node, lineage.order)
-    read = {source for other in before for source in other.lesson.text}
-    return [source for source in dict.fromkeys(node.lesson.text) if isinstance(source, Written) and source not in read]
+    read = {text for other in before for text in _written(other)}
+    return [text for text in dict.fromkeys(_written(node)) if text not in read]
+
+
+def _written(node: Node) -> list[Written]:
+    """The texts of other nodes that a node reads, or parts of."""
+    return [source.whole for source in node.lesson.text if isinstance(source, Written)]
 
 
 def _read(node: Node, materials: Materials, view: View) -> list[list[Document]]:

@@ -7,7 +7,7 @@ are frozen dataclasses of the rooms that can use them.
 import graphlib
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from functools import cached_property
 from typing import Any
@@ -25,15 +25,28 @@ class Text:
         split: which part of the corpus: train, validation or test.
         skip: tokens of the shuffled order to leave out before the first document.
         tokens: how many tokens to take (the document in which the number is reached is taken whole); None takes all.
+        subsample: tokens of whole documents that are drawn of these at random, none twice; None: all are read.
     """
 
     corpus: Any
     split: str = "train"
     skip: int = 0
     tokens: int | None = None
+    subsample: int | None = field(default=None, metadata={"identity": WHERE_SET})
+
+    @property
+    def size(self) -> int | None:
+        """Tokens that are read of it; None: all that there are."""
+        return self.tokens if self.subsample is None else self.subsample
+
+    @property
+    def whole(self) -> "Text":
+        """The text of which this may be drawn."""
+        return self if self.subsample is None else replace(self, subsample=None)
 
     def __post_init__(self) -> None:
-        _check_sizes(self, skip=0, tokens=1)
+        _check_sizes(self, skip=0, tokens=1, subsample=1)
+        _check_subsample(self)
 
 
 @dataclass(frozen=True)
@@ -57,6 +70,8 @@ class Written:
         prompts: real text; each document begins as one of its documents does, in their order and then again from the
             first, and the writer completes it. None: the writer begins by itself.
         prompt_tokens: tokens that are given of each of them, part of the text; shorter documents give no prompt.
+        subsample: tokens of whole documents that are drawn of the text at random, none twice; None: all are read.
+        draw: number of the text: with another one the writer writes others of the same kind.
     """
 
     by: str
@@ -70,6 +85,18 @@ class Written:
     judge: str | None = field(default=None, metadata={"identity": WHERE_SET})
     prompts: Text | None = field(default=None, metadata={"identity": WHERE_SET})
     prompt_tokens: int = field(default=0, metadata={"identity": WHERE_SET})
+    subsample: int | None = field(default=None, metadata={"identity": WHERE_SET})
+    draw: int = field(default=0, metadata={"identity": WHERE_SET})
+
+    @property
+    def size(self) -> int:
+        """Tokens that are read of it."""
+        return self.tokens if self.subsample is None else self.subsample
+
+    @property
+    def whole(self) -> "Written":
+        """The text that is written, of which this may be a part."""
+        return self if self.subsample is None else replace(self, subsample=None)
 
     @property
     def judged_by(self) -> str | None:
@@ -77,7 +104,8 @@ class Written:
         return (self.judge or self.by) if self.best_of > 1 or self.keep < 1 else None
 
     def __post_init__(self) -> None:
-        _check_sizes(self, tokens=0, top_k=0, max_length=1, best_of=1, prompt_tokens=0)
+        _check_sizes(self, tokens=0, top_k=0, max_length=1, best_of=1, prompt_tokens=0, subsample=1, draw=0)
+        _check_subsample(self)
         if not (self.temperature >= 1e-6 and 0 < self.top_p <= 1):
             raise UserError(
                 f"written by '{self.by}': temperature {self.temperature} (1e-6 or more), top_p {self.top_p}"
@@ -268,6 +296,35 @@ class Evaluation:
 
 
 @dataclass(frozen=True)
+class Population:
+    """Nodes that are held against each other when all are grown. No part of anyone's identity.
+
+    Attributes:
+        name: what the population is called; repetitions of one kind share it.
+        members: keys of two nodes or more, of one vocabulary.
+        factors: what it differs in from other populations of the lineage, such as `{"teachers": 2, "dose": 0.5}`; the
+            report draws measures against them.
+        seed: tells apart repetitions.
+    """
+
+    name: str
+    members: tuple[str, ...]
+    factors: Mapping[str, float] = field(default_factory=dict)
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        _check_name(self.name)
+        _check_sizes(self, seed=0)
+        if len(set(self.members)) < max(2, len(self.members)):
+            raise UserError(f"population '{self.name}' of {list(self.members)}: name two nodes or more, each once")
+
+    @property
+    def key(self) -> str:
+        """`name`, and `.sN` behind it for seeds other than 0."""
+        return self.name + (f".s{self.seed}" if self.seed else "")
+
+
+@dataclass(frozen=True)
 class Lineage:
     """A named set of nodes that is closed under parents and has no cycle.
 
@@ -276,15 +333,23 @@ class Lineage:
         nodes: the nodes, in any order.
         evaluation: what is measured of each; None measures nothing.
         description: one paragraph for the reader of the report.
+        populations: nodes that are held against each other, as the evaluation says.
     """
 
     name: str
     nodes: tuple[Node, ...]
     evaluation: Evaluation | None
     description: str = ""
+    populations: tuple[Population, ...] = ()
 
     def __post_init__(self) -> None:
         _check_name(self.name)
+        for population in self.populations:
+            for key in population.members:
+                _ = self[key]
+        keys = [population.key for population in self.populations]
+        if double := next((key for key in keys if keys.count(key) > 1), None):
+            raise UserError(f"lineage '{self.name}' has two populations '{double}': give one another name or seed")
         for key in self.evaluation.compare.values() if self.evaluation else ():
             _ = self[key]
         _ = self.order
@@ -357,6 +422,13 @@ def _check_sizes(config: Any, **least: int) -> None:
         value = getattr(config, name)
         if value is not None and value < smallest:
             raise UserError(f"{type(config).__name__}: {name}={value} must be at least {smallest}")
+
+
+def _check_subsample(text: Text | Written) -> None:
+    if text.subsample is not None and text.tokens and text.subsample > text.tokens:
+        raise UserError(
+            f"{type(text).__name__}: subsample={text.subsample} of tokens={text.tokens}: there are not so many"
+        )
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:

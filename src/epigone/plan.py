@@ -72,7 +72,7 @@ def _writing(node: Node, materials: Materials, there: set[Path]) -> int:
 def _plan_node(node: Node, lineage: Lineage, store: Store, materials: Materials) -> PlannedNode:
     row = PlannedNode(node.key, kind(node), store.record(node) is not None, tuple(key for key, _ in node.parents))
     if isinstance(node.model, NGram):
-        sizes = [source.tokens for source in node.lesson.text]
+        sizes = [source.size for source in node.lesson.text]
         tokens = None if None in sizes else sum(size or 0 for size in sizes)
         return replace(row, tokens=tokens, memory=tokens and tokens * COUNTING_BYTES_PER_TOKEN)
     if node.lesson.source:

@@ -11,7 +11,7 @@ from typing import Any
 from epigone import __version__
 from epigone.errors import Fault, UserError
 from epigone.identity import canonical, fingerprint
-from epigone.lineage import Lineage, Node, Written, did_you_mean
+from epigone.lineage import Lineage, Node, Population, Written, did_you_mean
 from epigone.storage.places import on_store, write_whole
 
 
@@ -49,7 +49,7 @@ class Store:
 
     def written(self, source: Written) -> Path:
         """Where the text that a node writes for one kind of sampling lies."""
-        judge = self.lineage.identities[source.judge] if source.judge else None
+        source, judge = source.whole, self.lineage.identities[source.judge] if source.judge else None
         return self.directory(self.lineage[source.by]) / "text" / fingerprint([source, judge] if judge else source)[:8]
 
     def tokenizer(self, config: Any) -> Path:
@@ -90,6 +90,23 @@ class Store:
         """Make a node done: the record appears whole or not at all."""
         write_json(self.directory(node) / "record.json", record)
 
+    def population_record(self, population: Population) -> dict[str, Any] | None:
+        """What was measured of a population of these very nodes; None before."""
+        path = self.run / "populations" / f"{population.key}.json"
+        record = json.loads(path.read_bytes()) if path.exists() else {}
+        return record if record.get("measured_as") == self.population_as(population) else None
+
+    def population_as(self, population: Population) -> str:
+        """What its measures depend on."""
+        members = [self.lineage.identities[key] for key in population.members]
+        return fingerprint([population, members, self.lineage.evaluation])
+
+    def write_population(self, population: Population, measures: dict[str, float]) -> None:
+        """Keep what was measured of a population."""
+        described = {name: getattr(population, name) for name in ("key", "name", "seed", "members", "factors")}
+        record = {**described, "metrics": measures, "measured_as": self.population_as(population)}
+        write_json(self.run / "populations" / f"{population.key}.json", record)
+
     def write_lineage(self) -> None:
         """Describe the whole lineage, grown or not, for the report and for people."""
         lineage = self.lineage
@@ -112,6 +129,10 @@ class Store:
             "epigone": __version__,
             "nodes": nodes,
             "evaluation": canonical(lineage.evaluation),
+            "populations": [
+                {**canonical(population), "key": population.key, "measured_as": self.population_as(population)}
+                for population in lineage.populations
+            ],
         }
         path = self.run / "lineage.json"
         if not path.exists() or path.read_bytes() != json.dumps(described, indent=1).encode():

@@ -172,7 +172,7 @@ class Plan:
         alone = seconds(self.counted.without, self.where, self.sizes).expected
         teaching = seconds(self.counted.teaching, self.where, self.sizes).expected
         steps, sources = self.step.node.lesson.training.steps, self.step.node.lesson.text
-        known = [source.tokens for source in sources if source.tokens is not None]
+        known = [source.size for source in sources if source.size is not None]
         whole = bool(known) and len(known) == len(sources)
         passes = max(1.0, steps * self.tokens / sum(known)) if whole else None
         streamed = steps * self.seconds.expected

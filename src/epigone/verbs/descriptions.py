@@ -48,7 +48,8 @@ def lesson_in_words(lesson: Lesson, seed: int) -> list[Line]:
 
 
 def _read(text: Text) -> str:
-    return f"split {text.split} of {corpus_name(text)}" + (f", {text.tokens} tokens of it" if text.tokens else "")
+    part = f", {text.tokens} tokens of it" if text.tokens else ""
+    return f"split {text.split} of {corpus_name(text)}{part}{_drawn(text)}"
 
 
 def _written(text: Written) -> str:
@@ -57,7 +58,11 @@ def _written(text: Written) -> str:
     chosen += f", the best {text.keep:.3g} of all documents" if text.keep < 1 else ""
     judge = f" for {text.judged_by}" if text.judged_by else ""
     drawn = f"{text.tokens} tokens, temperature {text.temperature:g}"
-    return f"text written by {text.by}{given} ({drawn}{chosen}{judge})"
+    return f"text written by {text.by}{given} ({drawn}{chosen}{judge}){_drawn(text)}"
+
+
+def _drawn(text: Text | Written) -> str:
+    return f", {text.subsample} tokens drawn of these at random" if text.subsample else ""
 
 
 def quantization_in_words(how: Any) -> str:

@@ -269,4 +269,5 @@ def _is_current(page: Path, store: Any) -> bool:
     if on_store(page):
         return False
     shown = [store.run / "lineage.json", *(store.directory(n) / "record.json" for n in store.lineage.nodes)]
+    shown += [store.run / "populations" / f"{population.key}.json" for population in store.lineage.populations]
     return page.exists() and all(page.stat().st_mtime_ns >= path.stat().st_mtime_ns for path in shown)
