@@ -8,6 +8,9 @@ from tiny import Silent, shrunk
 
 from epigone.grow import grow
 from epigone.lineage import Lineage
+from epigone.report import populations, write_report
+from epigone.report.records import load_run
+from epigone.report.summaries import generation_series
 from epigone.store import Store
 from epigone.verbs.run import load_config
 
@@ -49,3 +52,57 @@ def test_students_read_the_same_text_and_learn_different_lessons(name):
 def test_two_seeds_read_different_text():
     lineage = load_config(CONFIGS / "objectives.py")(seeds=2)
     assert lineage["jsd@1"].lesson.text != lineage["jsd@1.s1"].lesson.text
+
+
+COUNTED = {
+    "generations/drift": {"seeds": 1, "generations": 1},
+    "generations/trigrams": {"seeds": 1, "generations": 2, "tokens": 2_000},
+    "sameness": {"seeds": 1, "teacher_tokens": 800, "tokens": 400},
+}
+"""Configs of models that count, which are grown whole, and how small they are made."""
+
+
+@pytest.fixture(scope="module", params=COUNTED)
+def counted(request, tmp_path_factory):
+    """A config's name, its lineage and the directory of its run."""
+    whole = load_config(CONFIGS / f"{request.param}.py")(**COUNTED[request.param])
+    lineage = shrunk(whole, write_tokens=min(600, whole.evaluation.write_tokens))
+    run = tmp_path_factory.mktemp("counted") / "run"
+    grow(lineage, run, view=Silent())
+    return request.param, lineage, run
+
+
+def test_models_that_count_are_grown_and_measured(counted):
+    _, lineage, run = counted
+    store = Store(run, lineage)
+    for node in lineage.nodes:
+        metrics = store.record(node)["metrics"]
+        assert metrics["learned_words"] > 10
+        assert ("distinct_2" in metrics) == bool(lineage.evaluation.write_tokens)
+    page = write_report(run).read_text()
+    assert ('id="populations"' in page) == bool(lineage.populations)
+
+
+def test_regimes_have_a_curve_each_and_start_where_they_should(counted):
+    name, _, run = counted
+    if name == "sameness":
+        return
+    series = generation_series(load_run(run))
+    assert len({(one.family, one.regime) for one in series}) == len(series) >= 7
+    for one in series:
+        assert one.generations[0] == 0 or one.regime == "real only"
+
+
+def test_populations_differ_in_one_factor_from_the_usual_one_or_in_teachers_and_dose(counted):
+    name, lineage, run = counted
+    if name != "sameness":
+        return
+    store = Store(run, lineage)
+    usual = populations.usual(list(lineage.populations))
+    for population in lineage.populations:
+        other = {factor for factor, value in population.factors.items() if value != usual[factor]}
+        assert len(other) < 2 or other == {"teachers", "dose"}
+        assert len(population.members) == population.factors["models"]
+        assert 1 <= store.population_record(population)["metrics"]["effective_models"] <= len(population.members)
+    texts = [lineage[key].lesson.text for key in lineage.populations[-1].members]
+    assert len(set(texts)) == len(texts)

@@ -16,7 +16,7 @@ MAY_IMPORT = {
     "errors": set(),
     "identity": {"errors"},
     "lineage": {"errors", "identity"},
-    "regimes": {"lineage"},
+    "regimes": {"errors", "lineage"},
     "pretrained": {
         "errors",
         "identity",
@@ -53,7 +53,8 @@ MAY_IMPORT = {
         "writing",
     },
     "writing": {"errors", "lineage", "models"},
-    "measure": {"lineage", "materials", "data", "evaluate", "models", "view"},
+    "measure": {"errors", "lineage", "materials", "evaluate", "models", "theory", "view"},
+    "theory": {"lineage", "materials", "evaluate", "models", "writing"},
     "models": {"devices", "errors", "identity"},
     "interchange": {"errors", "models", "storage"},
     "data": {"errors", "models", "storage"},

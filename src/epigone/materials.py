@@ -24,6 +24,9 @@ TokenizerConfig = Any
 KEPT_MODELS = 4
 """Models that stay in memory: a teacher, a judge, the writer of the text and the node itself."""
 
+KEPT_INDICES = 8
+"""Indices of n-grams that stay in memory."""
+
 
 class Materials:
     """What growing needs, looked up by config. Everything is on disk or made again the same from what is on disk."""
@@ -31,8 +34,9 @@ class Materials:
     def __init__(self, store: Store) -> None:
         self.store = store
         self._encoded: dict[tuple[str, str], list[Document]] = {}
-        self._indices: dict[str, NGramIndex] = {}
+        self._indices: OrderedDict[str, NGramIndex] = OrderedDict()
         self._tokenizers: dict[str, Tokenizer] = {}
+        self._sizes: dict[str, list[int] | None] = {}
         self._models: OrderedDict[str, LanguageModel] = OrderedDict()
 
     def strings(self, text: Text) -> corpora.Documents:
@@ -64,6 +68,10 @@ class Materials:
 
     def documents(self, source: Text | Written, config: TokenizerConfig) -> list[Document]:
         """The token documents of a source, real or written by a node that is done."""
+        if source.subsample is not None:
+            every = self.documents(replace(source, subsample=None), config)
+            chosen = corpora.subsample_indices(every, source.subsample, seed_of(fingerprint(source), "subsample"))
+            return [every[index] for index in chosen]
         tokenizer = self.tokenizer(config)
         whole = replace(source, skip=0, tokens=None) if isinstance(source, Text) else source
         name = (fingerprint(whole), tokenizer.identity)
@@ -76,27 +84,47 @@ class Materials:
             return corpora.slice_documents(self._encoded[name], source.skip, source.tokens)
         return self._encoded[name]
 
-    def texts(self, source: Text, config: TokenizerConfig) -> list[str]:
+    def byte_counts(self, source: Text, config: TokenizerConfig) -> list[int] | None:
+        """UTF-8 bytes of each document of a real text; None where the tokenizer loses some of it.
+
+        Bits a byte would come out too low there.
+        """
+        name = fingerprint([source, config])
+        if name not in self._sizes:
+            documents, decode = self.documents(source, config), self.tokenizer(config).decode
+            texts = self._texts(source, config)
+            lost = any(decode(ids) != text for text, ids in zip(texts, documents, strict=True))
+            self._sizes[name] = None if lost else [len(text.encode()) for text in texts]
+        return self._sizes[name]
+
+    def _texts(self, source: Text, config: TokenizerConfig) -> list[str]:
         """The documents of a source, or of its part, as they were before they were encoded."""
+        if source.subsample is not None:
+            raise UserError(f"a text that is held out is read whole, and subsample={source.subsample} draws of it")
         strings = list(self.strings(source))
         if source.skip == 0 and source.tokens is None:
             return strings
         encoded = self.documents(replace(source, skip=0, tokens=None), config)
         return [strings[index] for index in corpora.slice_indices(encoded, source.skip, source.tokens)]
 
-    def index(self, text: Text, config: TokenizerConfig) -> NGramIndex:
-        """The n-grams of a real text, against which novelty is counted."""
-        name = fingerprint([text, config])
+    def index(self, texts: Sequence[Text | Written], config: TokenizerConfig) -> NGramIndex:
+        """The n-grams of texts, against which novelty is counted, or what is left of them."""
+        name = fingerprint([texts, config])
         if name not in self._indices:
-            self._indices[name] = NGramIndex.build(self.documents(text, config), self.tokenizer(config).size)
+            documents = [document for text in texts for document in self.documents(text, config)]
+            self._indices[name] = NGramIndex.build(documents, self.tokenizer(config).size)
+            while len(self._indices) > KEPT_INDICES:
+                self._indices.popitem(last=False)
+        self._indices.move_to_end(name)
         return self._indices[name]
 
     def card(self, source: Text | Written) -> dict[str, Any]:
         """Where a source comes from, for the record of the node that learns it."""
+        drawn = {} if source.subsample is None else {"subsample": source.subsample}
         if isinstance(source, Written):
-            return dict(corpora.read_text(self.store.written(source)).card)
-        card = dict(self.strings(source).card)
-        return {**card, "skip": source.skip, **({} if source.tokens is None else {"tokens": source.tokens})}
+            return {**corpora.read_text(self.store.written(source)).card, **drawn}
+        sizes = {"skip": source.skip} | ({} if source.tokens is None else {"tokens": source.tokens})
+        return {**self.strings(source).card, **sizes, **drawn}
 
     def _written(self, source: Written, tokenizer: Tokenizer) -> list[Document]:
         directory = self.store.written(source)
@@ -120,7 +148,7 @@ class Materials:
         if is_chosen(source):
             documents, told, tokens = self._chosen(source, identity)
         else:
-            documents = self.model(writer).write(source.tokens, seed_of(identity, "write"), **sampling)
+            documents = self.model(writer).write(source.tokens, seed_of(identity, _drawn("write", source)), **sampling)
             told, tokens = {}, count_tokens(documents)
         models = [self.filled(self.store.lineage[key]) for key in (source.by, source.judged_by) if key]
         flops = writing_flops(tokens, models, longest(writer, source.max_length))
@@ -144,7 +172,7 @@ class Materials:
             self.model(lineage[source.judged_by]) if source.judged_by else None,
             self.prompts(source),
             longest(writer, source.max_length),
-            lambda block: seed_of(identity, f"write block {block}"),
+            lambda block: seed_of(identity, _drawn(f"write block {block}", source)),
         )
         told: dict[str, Any] = {"chosen": {"best_of": source.best_of, "keep": source.keep, **tally.card()}}
         if source.judged_by:
@@ -195,6 +223,11 @@ class Materials:
         self._models[self.store.lineage.identities[node.key]] = model
         while len(self._models) > KEPT_MODELS:
             self._models.popitem(last=False)
+
+
+def _drawn(purpose: str, source: Written) -> str:
+    """What a text's randomness is for: every number of a text has its own."""
+    return f"{purpose}, draw {source.draw}" if source.draw else purpose
 
 
 def load_model(config: Any, directory: Path, tokenizer: Tokenizer) -> LanguageModel:

@@ -1,13 +1,14 @@
 """Measure a node that is grown: the model on held-out text, and the text that it writes."""
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from typing import Any
 
-from epigone import evaluate
-from epigone.data.tokenizers import Tokenizer
+from epigone import evaluate, theory
+from epigone.errors import UserError
+from epigone.evaluate.sameness import sameness
 from epigone.lineage import Evaluation, Node
 from epigone.materials import Materials, longest, seed_of
-from epigone.models.language_model import Document
+from epigone.models.language_model import MAX_LENGTH
 from epigone.view import View
 
 WRITTEN_MARGIN = 1.25
@@ -24,8 +25,9 @@ def measured(node: Node, record: dict[str, Any], materials: Materials, view: Vie
     held_out = materials.documents(evaluation.text, node.tokenizer)
     at = {"longest": longest(node), "eos": tokenizer.specials.eos}
     contexts = evaluate.evaluation_contexts(held_out, evaluation.contexts, evaluation.seed, **at)
-    sizes = _byte_counts(materials.texts(evaluation.text, node.tokenizer), held_out, tokenizer)
-    record["metrics"] = evaluate.evaluate_model(model, held_out, sizes, contexts)
+    sizes = materials.byte_counts(evaluation.text, node.tokenizer)
+    of_text, record["theory"] = theory.learned(node, materials)
+    record["metrics"] = evaluate.evaluate_model(model, held_out, sizes, contexts) | of_text
     record["agreement"] = {
         other.key: evaluate.compare_models(model, materials.model(other), contexts.prefixes, padded=True)
         for other in _compared(node, materials)
@@ -38,12 +40,33 @@ def measured(node: Node, record: dict[str, Any], materials: Materials, view: Vie
     return record | {"measured_as": materials.store.measured_as(node)}
 
 
-def _byte_counts(texts: Iterable[str], documents: list[Document], tokenizer: Tokenizer) -> list[int] | None:
-    """UTF-8 bytes of each text; None where the tokenizer loses some of it, since bits a byte would come out too low."""
-    texts = list(texts)
-    if any(tokenizer.decode(ids) != text for text, ids in zip(texts, documents, strict=True)):
-        return None
-    return [len(text.encode()) for text in texts]
+def compared(members: Sequence[Node], materials: Materials) -> dict[str, float]:
+    """The sameness of a population, and the variety of what all of it writes, as the lineage's evaluation asks.
+
+    Of the union of all texts each member writes an equal part, of `write_tokens` in all: so `union_distinct_n`,
+    `union_vocabulary` and `union_vendi` compare with the same measures of one node.
+
+    Raises: UserError for members of other tokenizers.
+    """
+    evaluation = materials.store.lineage.evaluation
+    if evaluation is None:
+        return {}
+    first, tokenizer = members[0], materials.tokenizer(members[0].tokenizer)
+    for other in members[1:]:
+        if not _one_tokenizer(first, other, materials):
+            raise UserError(f"a population of '{first.key}' and '{other.key}', which read other tokenizers: take one")
+    models = [materials.model(node) for node in members]
+    held_out = materials.documents(evaluation.text, first.tokenizer)
+    at = {"longest": min(longest(node) for node in members), "eos": tokenizer.specials.eos}
+    contexts = evaluate.evaluation_contexts(held_out, evaluation.contexts, evaluation.seed, **at)
+    metrics = sameness(models, contexts, padded=True)
+    if not evaluation.write_tokens:
+        return metrics
+    share = round(evaluation.write_tokens / len(members))
+    enough = round(WRITTEN_MARGIN * share) + MAX_LENGTH
+    seeds = [seed_of(materials.store.lineage.identities[node.key], "population") for node in members]
+    written = [model.write(enough, seed) for model, seed in zip(models, seeds, strict=True)]
+    return metrics | evaluate.union_metrics([evaluate.first_tokens(text, share) for text in written], tokenizer.size)
 
 
 def _measure_writing(
@@ -59,9 +82,10 @@ def _measure_writing(
         judge = None  # it cannot read all that the node may write
     return evaluate.evaluate_text(
         written,
-        materials.index(evaluation.real, node.tokenizer),
+        materials.index((evaluation.real,), node.tokenizer),
         evaluation.write_tokens,
         decode=tokenizer.decode,
+        like=materials.documents(evaluation.text, node.tokenizer),
         judge=judge,
         cut_at=longest(node),
     )

@@ -101,6 +101,61 @@ def test_heterozygosity_follows_its_closed_form_and_no_other(regime):
         assert other is regime or deviations(found, expected).max() > 5
 
 
+def simulated(texts, generations, real, seed):
+    """Heterozygosity [chain, generation] where generations read as they say; `real` are counts of the real texts."""
+    rng, given = np.random.default_rng(seed), iter(real)
+    counts, fits = [], {}
+
+    def fit(number):
+        if number not in fits:
+            read = sum(counts[j] for j in generations[number])
+            fits[number] = read / read.sum(axis=1, keepdims=True)
+        return fits[number]
+
+    for text in texts:
+        if text.part_of is not None:
+            whole = counts[text.part_of]
+            counts.append(np.array([rng.multivariate_hypergeometric(row, text.tokens) for row in whole]))
+        elif text.writer is not None:
+            counts.append(rng.multinomial(text.tokens, fit(text.writer)))
+        else:
+            counts.append(np.tile(next(given), (CHAINS, 1)))
+    return np.stack([theory.heterozygosity(fit(number)) for number in range(len(generations))], axis=1)
+
+
+def mixtures():
+    """Regimes without a closed form of their own: (texts, who reads which, counts of the real ones)."""
+    real = np.bincount(ZIPF - FIRST, minlength=8)
+    other = np.array([5, 9, 1, 8, 2, 7, 3, 5])
+    blocks, n = theory.Block, len(ZIPF)
+    written = [blocks(n, writer=g) for g in range(4)]
+    yield "grown", [blocks(n), *(blocks((g + 2) * n, writer=g) for g in range(4))], [[g] for g in range(5)], [real]
+    window = [[0], [0, 1], [1, 2], [2, 3], [3, 4]]
+    yield "window", [blocks(n), *written], window, [real]
+    fixed = [blocks(n), blocks(20, part_of=0), *(blocks(n - 20, writer=g) for g in range(4))]
+    yield "fixed part", fixed, [[0], [1, 2], [1, 3], [1, 4], [1, 5]], [real]
+    fresh = [blocks(n), blocks(40), blocks(n - 40, writer=0), blocks(n, writer=1)]
+    yield "another real text", fresh, [[0], [1, 2], [3]], [real, other]
+    parts = [blocks(n), blocks(n, writer=0), blocks(33, part_of=0), blocks(33, part_of=1), blocks(n, writer=1)]
+    parts += [blocks(22, part_of=0), blocks(22, part_of=1), blocks(22, part_of=4)]
+    yield "subsample", parts, [[0], [2, 3], [5, 6, 7]], [real]
+
+
+MIXTURES = {name: case for name, *case in mixtures()}
+
+
+@pytest.mark.parametrize("name", MIXTURES)
+def test_any_mixture_follows_the_recursion(name):
+    texts, generations, real = MIXTURES[name]
+    shares = np.array([counts / counts.sum() for counts in real])
+    expected = theory.heterozygosity_of(texts, generations, shares @ shares.T)
+    found = simulated(texts, generations, real, seed=3)
+    assert deviations(found, expected).max() < 4
+    # Nothing lost, and everything read from the one before, are theories too.
+    for wrong in (np.full(len(generations), H0), theory.heterozygosity_replace(H0, N // 2, range(len(generations)))):
+        assert deviations(found, wrong).max() > 5
+
+
 def test_limits_are_where_the_recursions_go():
     assert theory.heterozygosity_accumulate(H0, N, 100_000) == pytest.approx(
         theory.heterozygosity_accumulate_limit(H0, N), rel=1e-6

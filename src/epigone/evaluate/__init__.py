@@ -9,9 +9,11 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from epigone.evaluate import calibration, diversity, quality
+from epigone.evaluate import calibration, diversity, quality, similarity
 from epigone.evaluate.agreement import compare_models
+from epigone.evaluate.coherence import mutual_information
 from epigone.evaluate.contexts import Contexts, evaluation_contexts, predictions
+from epigone.evaluate.diversity import first_tokens
 from epigone.evaluate.ngrams import NGramIndex
 from epigone.models.language_model import Document, LanguageModel
 
@@ -22,10 +24,21 @@ __all__ = [
     "evaluate_model",
     "evaluate_text",
     "evaluation_contexts",
+    "first_tokens",
     "predictions",
     "text_metrics",
     "top_metrics",
+    "union_metrics",
 ]
+
+ALIKE_DOCUMENTS = 150
+"""Documents that are compared with each other: self-BLEU and Vendi take the square of their number."""
+
+DISTANCES = (1, 2, 4, 8, 16)
+"""Tokens between the two whose mutual information is measured."""
+
+MAUVE_WIDTH = 256
+"""Columns of the features that MAUVE clusters."""
 
 
 def evaluate_model(
@@ -84,6 +97,7 @@ def evaluate_text(
     fixed_tokens: int,
     *,
     decode: Callable[[Document], str] | None = None,
+    like: Sequence[Document] | None = None,
     judge: LanguageModel | None = None,
     cut_at: int | None = None,
 ) -> dict[str, float]:
@@ -95,14 +109,17 @@ def evaluate_text(
         real: index of the real text up to 4-grams, built once for all nodes.
         fixed_tokens: size of the sample. A shorter text lacks the measures that depend on length, since they would
             not compare: `distinct_n`, `ead`, `entropy_n`, `vocabulary`, `vocabulary_share`, `self_repetition`,
-            `zipf_slope`, `gzip_ratio`.
+            `zipf_slope`, `information_d` (d of `DISTANCES`), `gzip_ratio`.
         decode: the tokenizer's `decode`; without it no `gzip_ratio`.
+        like: held-out real documents; without them no `mauve`.
         judge: the model whose perplexity of the text is wanted, such as generation 0; without it no `real_perplexity`.
         cut_at: the `max_length` of the writer, so that no true end is scored where it was cut.
 
     Returns:
-        The above; `sample_tokens`, `novelty_n` and `seen_n` (n = 2..4) of the sample; `repetition`, `copied` and
-        `sentence_length` (mean tokens a document) of all documents, whole.
+        The above; of the first `ALIKE_DOCUMENTS` documents, where there are so many, `self_bleu`, `vendi` (by words and
+        pairs of words) and `mauve` (of these features, against as many of `like`); `sample_tokens`, `novelty_n` and
+        `seen_n` (n = 2..4) of the sample; `repetition`, `copied` and `sentence_length` (mean tokens a document) of all
+        documents, whole.
     """
     sample = diversity.first_tokens(documents, fixed_tokens)
     sampled = sum(len(document) for document in sample)
@@ -116,6 +133,7 @@ def evaluate_text(
         metrics[f"novelty_{n}"] = 1 - metrics[f"seen_{n}"]
     if documents:
         metrics["sentence_length"] = float(np.mean([len(document) for document in documents]))
+    metrics |= _alike(documents[:ALIKE_DOCUMENTS], None if like is None else like[:ALIKE_DOCUMENTS])
     metrics["repetition"] = diversity.repetition(documents)
     metrics["copied"] = diversity.copied(documents, real)
     if judge is not None:
@@ -134,7 +152,39 @@ def _length_biased(sample: Sequence[Document], real: NGramIndex) -> dict[str, fl
         "vocabulary_share": diversity.vocabulary_share(sample, real),
         "self_repetition": diversity.self_repetition(sample),
         "zipf_slope": diversity.zipf_slope(index),
+        **{f"information_{d}": mutual_information(sample, d) for d in DISTANCES},
     }
+
+
+def _alike(documents: Sequence[Document], like: Sequence[Document] | None) -> dict[str, float]:
+    """Measures that compare documents with each other; they grow with the number of these, so it is fixed."""
+    if len(documents) < ALIKE_DOCUMENTS:
+        return {}
+    features = similarity.word_features(documents)
+    metrics = {
+        "self_bleu": similarity.self_bleu(documents),
+        "vendi": similarity.vendi((features @ features.T).toarray()),
+    }
+    if like is None or len(like) < ALIKE_DOCUMENTS:
+        return metrics
+    real, written = (similarity.word_features(part, MAUVE_WIDTH).toarray() for part in (like, documents))
+    return metrics | {"mauve": similarity.mauve(real, written)}
+
+
+def union_metrics(texts: Sequence[Sequence[Document]], vocab_size: int) -> dict[str, float]:
+    """How varied the texts of several writers are together: `union_distinct_n`, `union_vocabulary`, `union_vendi`.
+
+    Vendi takes equally many documents of each, `ALIKE_DOCUMENTS` in all, and is absent where there are fewer.
+    """
+    together = [document for text in texts for document in text]
+    index = NGramIndex.build(together, vocab_size, order=3)
+    metrics = {f"union_distinct_{n}": diversity.distinct(index, n) for n in range(1, 4)}
+    metrics["union_vocabulary"] = len(index.keys[0])
+    each = ALIKE_DOCUMENTS // len(texts)
+    if each and all(len(text) >= each for text in texts):
+        features = similarity.word_features([document for text in texts for document in text[:each]])
+        metrics["union_vendi"] = similarity.vendi((features @ features.T).toarray())
+    return _present(metrics)
 
 
 def _present(metrics: dict[str, float]) -> dict[str, float]:

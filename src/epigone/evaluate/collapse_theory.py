@@ -10,6 +10,9 @@ Sources: Wright 1931 and Ewens 2004 (drift); Seddik et al. 2024 (arXiv 2404.0509
 2002.05715), Good 1953 (missing mass).
 """
 
+from collections.abc import Sequence
+from typing import NamedTuple
+
 import numpy as np
 from numpy.typing import ArrayLike
 from scipy import linalg, special
@@ -94,6 +97,85 @@ def heterozygosity_fresh_limit(h0: float, n: int, alpha: float) -> float:
     _check(0 <= alpha <= 1, f"fresh share {alpha}: it must lie in [0, 1]")
     f0, fresh = 1 - h0, 1 - (1 - alpha) ** 2
     return 1 - (fresh * f0 + (1 - alpha * f0) / n) / (fresh + (1 - alpha) / n)
+
+
+class Block(NamedTuple):
+    """A text of some tokens: drawn from the fit of a generation, or given as it is, or a random part of another.
+
+    Attributes:
+        tokens: N.
+        writer: the generation (its place in a list of them) whose frequencies it is drawn from; None: a real text.
+        part_of: place of the text of which these are `tokens` tokens, drawn without repetition; None: it is whole.
+    """
+
+    tokens: int
+    writer: int | None = None
+    part_of: int | None = None
+
+
+def heterozygosity_of(
+    texts: Sequence[Block], generations: Sequence[Sequence[int]], real_match: ArrayLike
+) -> np.ndarray:
+    """E[H] of each generation, whatever it reads: real texts, texts that any earlier one wrote, and parts of them.
+
+    With m(j, k) = E[sum_i p_i p'_i] of two texts, the chance that a token of each is the same: generation g has
+    frequencies p_g = sum_j w_j p_j, w_j = N_j / sum N, so its F_g = 1 - H_g = sum_jk w_j w_k m(j, k). A text k that g
+    writes has m(j, k) = sum_l w_l m(j, l) with every text j before it, and m(k, k) = (1 - 1/N_k) F_g + 1/N_k. A part of
+    r tokens meets any other text as its whole does, and itself with r in the place of N. The closed forms above are
+    cases of it; given the real texts it is exact.
+
+    Args:
+        texts: each after the texts that its writer reads, and after the text that it is a part of.
+        generations: of each the places of the texts that it reads.
+        real_match: m(j, k) of the real texts [R, R], in their order: of their own frequencies.
+
+    >>> chain = [Block(100), Block(100, writer=0), Block(100, writer=1)]
+    >>> [round(float(h), 4) for h in heterozygosity_of(chain, [[0], [1], [2]], [[0.2]])]
+    [0.8, 0.792, 0.7841]
+    """
+    match, mixtures = _matches(texts, generations, np.asarray(real_match, dtype=np.float64))
+    return np.array([1 - weights @ match[np.ix_(read, read)] @ weights for read, weights in mixtures])
+
+
+Mixture = tuple[list[int], np.ndarray]
+
+
+def _matches(
+    texts: Sequence[Block], generations: Sequence[Sequence[int]], real: np.ndarray
+) -> tuple[np.ndarray, list[Mixture]]:
+    """m(j, k) of all texts, and what each generation reads with its weights."""
+    mixtures = [_mixture(texts, read) for read in generations]
+    count = sum(_is_real(text) for text in texts)
+    _check(real.shape == (count, count), f"real_match {real.shape} for {count} real texts")
+    _check(all(_is_real(text) for text in texts[:count]), "real texts come first in the list of texts")
+    match, apart = np.zeros((len(texts), len(texts))), np.zeros(len(texts))
+    match[:count, :count] = real
+    for k, text in enumerate(texts):
+        if text.part_of is not None:
+            # Another part of the same text meets this one as the whole does: at one token of N both have the same.
+            others = [text.part_of if texts[j].part_of == text.part_of else j for j in range(k)]
+            match[k, :k] = match[:k, k] = match[text.part_of, others]
+            apart[k] = apart[text.part_of]
+        elif text.writer is not None:
+            read, weights = mixtures[text.writer]
+            _check(max(read) < k, f"text {k} is written by a generation that reads text {max(read)}, which comes later")
+            match[k, :k] = match[:k, k] = match[:k, read] @ weights
+            apart[k] = weights @ match[np.ix_(read, read)] @ weights
+        else:
+            apart[k] = (text.tokens * match[k, k] - 1) / max(1, text.tokens - 1)
+            continue
+        match[k, k] = (1 - 1 / text.tokens) * apart[k] + 1 / text.tokens
+    return match, mixtures
+
+
+def _mixture(texts: Sequence[Block], read: Sequence[int]) -> Mixture:
+    sizes = np.array([texts[j].tokens for j in read], dtype=np.float64)
+    _check(bool(len(sizes) and (sizes >= 1).all()), f"texts of {sizes.tolist()} tokens: a generation reads 1 or more")
+    return list(read), sizes / sizes.sum()
+
+
+def _is_real(text: Block) -> bool:
+    return text.writer is None and text.part_of is None
 
 
 def survival(count: ArrayLike, generations: int) -> np.ndarray:

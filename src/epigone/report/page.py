@@ -5,7 +5,7 @@ from pathlib import Path
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from epigone.report import reading, sections
+from epigone.report import populations, reading, sections
 from epigone.report.formats import probability
 from epigone.report.graph import lineage_svg
 from epigone.report.plots import draw_all
@@ -64,6 +64,7 @@ def render(run: Run, series: list[Series], compared: list[Comparison], figures: 
         facts=sections.facts(run),
         bands=sections.bands(series),
         not_drawn=sections.not_drawn(series),
+        held=populations.held(run),
         comparisons=[(one, sections.verdict(one), sections.compared_table(run, one)) for one in compared],
         samples=reading.samples(series),
         loose_samples=reading.loose_samples(run, series),

@@ -6,6 +6,7 @@ from pathlib import Path
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from epigone.report import populations
 from epigone.report.curves import curves_figure, imitation_figure
 from epigone.report.formats import real
 from epigone.report.records import Run, finite
@@ -15,6 +16,9 @@ from epigone.storage.places import on_store
 
 # Metrics of coherence and diversity in the order in which they are drawn; others are in the table only.
 DIVERSITY = {
+    "learned_heterozygosity": "text learned: two words differ",
+    "words_left": "words of generation 0 left in it",
+    "triples_left": "triples of generation 0 left in it",
     "distinct_1": "distinct-1: different words / words",
     "distinct_2": "distinct-2: different pairs / pairs",
     "distinct_3": "distinct-3: different triples / triples",
@@ -25,9 +29,17 @@ DIVERSITY = {
     "copied": "copied from real text",
     "repetition": "repetition within a text",
     "self_repetition": "repetition between texts",
+    "self_bleu": "self-BLEU: texts are like others",
+    "vendi": "Vendi: different texts of 150",
+    "mauve": "MAUVE by words: like real text",
+    "information_1": "what a word tells of the next, nats",
+    "information_4": "what it tells of the fourth, nats",
     "sentence_length": "length of a text, words",
     "real_perplexity": "perplexity of its text under generation 0",
 }
+
+THEORY = "theory"
+"""Label of what closed forms expect."""
 
 
 def draw_all(run: Run, series: list[Series], compared: list[Comparison], directory: Path) -> dict[str, str]:
@@ -40,11 +52,14 @@ def draw_all(run: Run, series: list[Series], compared: list[Comparison], directo
             "perplexity": perplexity_figure(series),
             "student-control": comparison_figure(compared),
             **{f"diversity-{i}": diversity_figure(group, regimes(series)) for i, group in enumerate(grouped)},
+            "populations": populations.map_figure(run),
+            "factors": populations.factors_figure(run),
             "imitation": imitation_figure(run),
             "curves": curves_figure(run),
         }
         labels = {"perplexity": "Held-out perplexity against generation", "student-control": "Student against control",
                   "imitation": "Student beside teacher, against tokens",
+                  "populations": "What populations have in common", "factors": "What they have in common, by factor",
                   "curves": "Training loss against tokens"}  # fmt: skip
         return {
             name: save(figure, name, directory, labels.get(name, "Coherence and diversity against generation"))
@@ -92,8 +107,11 @@ def diversity_figure(group: list[Series], order: dict[str, int]) -> Figure | Non
         whole_numbers(axes, most=5)
         axes.set_title(DIVERSITY[metric], fontsize=9.5)
         axes.locator_params(axis="y", nbins=5)
-    handles, names = max((axes.get_legend_handles_labels() for axes in panels), key=lambda found: len(found[1]))
-    figure.legend(handles, [f"{group[0].family} · {name}" for name in names], loc="outside upper left", ncols=5)
+    labelled = (dict(zip(*axes.get_legend_handles_labels()[::-1], strict=True)) for axes in panels)
+    legend = {name: handle for named in labelled for name, handle in named.items()}
+    names = sorted(legend, key=lambda name: name == THEORY)
+    told = [name if name == THEORY else f"{group[0].family} · {name}" for name in names]
+    figure.legend([legend[name] for name in names], told, loc="outside upper left", ncols=5)
     return figure
 
 
@@ -109,6 +127,7 @@ def _curves(axes: Axes, group: list[Series], order: dict[str, int], metric: str,
         # A series of which only the ancestor is grown has no curve yet.
         if points and max(points) > one.generations[0]:
             _line(axes, one.regime, points, order[one.regime])
+            _theory(axes, one, metric)
             values += [value for p in points.values() for value in (p.low, p.high)]
     whole_numbers(axes)
     if not any(values):
@@ -124,6 +143,15 @@ def _line(axes: Axes, label: str, points: dict[int, Spread], index: int) -> None
     if any(p.count > 1 for p in spreads):
         low, high = [p.low for p in spreads], [p.high for p in spreads]
         axes.fill_between(generations, low, high, color=colour(index), alpha=0.18, linewidth=0)
+
+
+def _theory(axes: Axes, one: Series, metric: str) -> None:
+    """What closed forms expect: thin and dotted over the line, in ink, so that it shows on top of what it explains."""
+    expected = {g: value for g, value in one.theory(metric).items() if math.isfinite(value)}
+    if len(expected) > 1:
+        named = THEORY not in axes.get_legend_handles_labels()[1]
+        label = THEORY if named else None
+        axes.plot(list(expected), list(expected.values()), ":", color=INK, linewidth=1.3, label=label, zorder=4)
 
 
 def comparison_figure(compared: list[Comparison]) -> Figure | None:

@@ -82,6 +82,25 @@ class Node:
         """A metric of the record as a float (inf and nan included), None where it is absent."""
         return number(self.get("metrics", {}).get(name))
 
+    def theory(self, name: str) -> float | None:
+        """What theory expects of a metric, None where it says nothing."""
+        return number(self.get("theory", {}).get(name))
+
+
+@dataclass(frozen=True)
+class Population:
+    """Models that were held against each other; `metrics` is empty while they are not."""
+
+    key: str
+    seed: int
+    members: tuple[str, ...]
+    factors: dict[str, float]
+    metrics: dict[str, Any] = field(default_factory=dict)
+
+    def metric(self, name: str) -> float | None:
+        """A measure as a float, None where it is absent."""
+        return number(self.metrics.get(name))
+
 
 @dataclass(frozen=True)
 class Run:
@@ -91,6 +110,7 @@ class Run:
     description: str
     version: str
     nodes: tuple[Node, ...]
+    populations: tuple[Population, ...] = ()
 
     @property
     def grown(self) -> tuple[Node, ...]:
@@ -132,6 +152,7 @@ def load_run(directory: Path) -> Run:
     records = _read_records(directory)
     try:
         nodes = tuple(_node(entry, records) for entry in lineage["nodes"])
+        populations = tuple(_population(entry, directory) for entry in lineage.get("populations") or ())
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise Fault(f"damaged lineage '{path}': {error!r}; grow the run again to rewrite it") from error
     return Run(
@@ -139,6 +160,7 @@ def load_run(directory: Path) -> Run:
         description=str(lineage.get("description") or ""),
         version=str(lineage.get("epigone") or ""),
         nodes=nodes,
+        populations=populations,
     )
 
 
@@ -158,6 +180,19 @@ def _read_records(directory: Path) -> Records:
         record = _read_object(path)
         records[str(record.get("key")), str(record.get("identity"))] = (record, path.relative_to(directory).as_posix())
     return records
+
+
+def _population(entry: dict[str, Any], directory: Path) -> Population:
+    path = directory / "populations" / f"{entry['key']}.json"
+    record = _read_object(path) if path.is_file() else {}
+    current = record.get("measured_as") == entry["measured_as"]
+    return Population(
+        key=str(entry["key"]),
+        seed=int(entry.get("seed") or 0),
+        members=tuple(str(key) for key in entry["members"]),
+        factors={str(name): float(value) for name, value in (entry.get("factors") or {}).items()},
+        metrics=dict(record.get("metrics") or {}) if current else {},
+    )
 
 
 def _node(entry: dict[str, Any], records: Records) -> Node:

@@ -14,8 +14,10 @@ from typing import Any
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
 
+from epigone.report.formats import real
 from epigone.storage.places import write_whole
 
 INK, MUTED, LINE = "#1c2127", "#66707b", "#dfe3e8"
@@ -63,6 +65,28 @@ def grid(panels: int, columns: int, width: float = 11.5, height: float = 2.5) ->
     for unused in cells[panels:]:
         unused.set_visible(False)
     return figure, cells[:panels]
+
+
+def heat(axes: Axes, values: list[list[float | None]], rows: list[str], columns: list[str]) -> None:
+    """A table of cells, stronger in colour where the value is larger, each with its number; None is left open.
+
+    The colour is one that the page sees through, so that the numbers are legible on a dark page too.
+    """
+    known = [value for line in values for value in line if value is not None]
+    low, high = min(known, default=0.0), max(known, default=1.0)
+    for i, line in enumerate(values):
+        for j, value in enumerate(line):
+            if value is None:
+                continue
+            strength = 0.08 + 0.6 * ((value - low) / (high - low) if high > low else 0.0)
+            axes.add_patch(Rectangle((j, i), 1, 1, facecolor=colour(0), alpha=strength, linewidth=0))
+            axes.text(j + 0.5, i + 0.5, real(value), ha="center", va="center", color=INK, fontsize=9.5)
+    axes.set_xlim(0, len(columns))
+    axes.set_ylim(0, len(rows))
+    axes.set_xticks([j + 0.5 for j in range(len(columns))], columns)
+    axes.set_yticks([i + 0.5 for i in range(len(rows))], rows)
+    axes.grid(visible=False)
+    axes.tick_params(length=0)
 
 
 def whole_numbers(axes: Axes, most: int = 11) -> None:

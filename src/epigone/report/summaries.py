@@ -2,7 +2,7 @@
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -41,7 +41,14 @@ class Series:
 
     def points(self, metric: str) -> dict[int, Spread]:
         """generation -> spread over seeds, only where the metric is there."""
-        spreads = {g: spread(node.metric(metric) for node in self.nodes(g)) for g in self.generations}
+        return self._spreads(lambda node: node.metric(metric))
+
+    def theory(self, metric: str) -> dict[int, float]:
+        """generation -> mean over seeds of what theory expects, only where it says something."""
+        return {g: value.mean for g, value in self._spreads(lambda node: node.theory(metric)).items()}
+
+    def _spreads(self, value_of: Callable[[Node], float | None]) -> dict[int, Spread]:
+        spreads = {g: spread(value_of(node) for node in self.nodes(g)) for g in self.generations}
         return {g: value for g, value in spreads.items() if value is not None}
 
 

@@ -17,7 +17,7 @@ HEAD = (
 
 
 def rows(run: Run) -> list[dict[str, Any]]:
-    """One flat dict a node: the head columns, then every metric under its own name, then agreement.TEACHER.NAME.
+    """One flat dict a node: the head columns, every metric under its own name, theory.NAME, agreement.TEACHER.NAME.
 
     Numbers stay numbers (inf and nan included); what a record lacks is not in its row.
     """
@@ -32,6 +32,7 @@ def _row(node: Node) -> dict[str, Any]:
     row["parents"] = " ".join(f"{parent.key}:{parent.role}" for parent in node.parents)
     row |= {name: node.get(name) for name in HEAD[11:]}
     row |= {name: number(value) for name, value in node.get("metrics", {}).items()}
+    row |= {f"theory.{name}": number(value) for name, value in node.get("theory", {}).items()}
     for teacher, values in node.get("agreement", {}).items():
         row |= {f"agreement.{teacher}.{name}": number(value) for name, value in values.items()}
     return {name: value for name, value in row.items() if value not in (None, "")}
@@ -58,6 +59,7 @@ def results_json(run: Run, series: list[Series], compared: list[Comparison]) -> 
         "nodes": table,
         "series": [_series(one, table) for one in series],
         "comparisons": [_comparison(one) for one in compared],
+        "populations": [asdict(population) for population in run.populations],
     }
     return json.dumps(_plain(results), indent=1, allow_nan=False, ensure_ascii=False) + "\n"
 
@@ -69,7 +71,9 @@ def _series(series: Series, table: list[dict[str, Any]]) -> dict[str, Any]:
     points = {
         name: [{"generation": g, **asdict(value)} for g, value in series.points(name).items()] for name in metrics
     }
-    return {"name": series.name, "family": series.family, "regime": series.regime, "points": points}
+    expected = {name: [{"generation": g, "mean": mean} for g, mean in series.theory(name).items()] for name in metrics}
+    told = {"theory": {name: line for name, line in expected.items() if line}}
+    return {"name": series.name, "family": series.family, "regime": series.regime, "points": points, **told}
 
 
 def _comparison(one: Comparison) -> dict[str, Any]:
