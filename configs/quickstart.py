@@ -48,7 +48,7 @@ def lineage(seeds: int = 3, generations: int = 10, temperature: float = 2.0, sca
 
     Args:
         seeds: repetitions of every recipe whose spread the report gives, at most 7.
-        generations: trigram generations after the first.
+        generations: trigram generations after the first; transformers have 3 at most.
         temperature: divides teacher's and student's logits in distillation.
         scale: factor on the training steps of the transformers; less is faster and worse.
     """
@@ -96,8 +96,8 @@ def lineage(seeds: int = 3, generations: int = 10, temperature: float = 2.0, sca
     # 3. Transformers on their own text; and a small pupil that reads what the large teacher writes.
     first = transformer("self", SMALL, Text(BIBLE, tokens=80_000), 180, family="transformer")
     nodes += [first]
-    nodes += chain(first, 3, regimes.replace, name="self-replace")
-    nodes += chain(first, 3, regimes.accumulate, name="self-accumulate")
+    nodes += chain(first, min(3, generations), regimes.replace, name="self-replace")
+    nodes += chain(first, min(3, generations), regimes.accumulate, name="self-accumulate")
     story = Written(by=teacher.key, tokens=80_000)
     nodes += [
         change(transformer("pupil", SMALL, story, 180, family="transformer", regime="larger teacher"), generation=1)

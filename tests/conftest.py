@@ -17,6 +17,16 @@ os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(CACHE))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
 
 
+LONG = ("readme", "smollm2_student", "same_losses", "on_policy", "faults", "cached_scores", "cli", "configs")
+"""Files of tests/test_*.py that take a minute or more: they are begun with, so that no worker is alone at the end."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Long files first, otherwise in the order in which they were found."""
+    long = {f"test_{name}.py" for name in LONG}
+    items.sort(key=lambda item: not (item.path.name in long and item.path.parent.name == "tests"))
+
+
 MAPS = Path("/proc/self/maps")
 MANY = 20_000
 """Linux gives a process 65,530 mapped regions. Compiled programs take some each; XLA dies where there is none left."""
