@@ -26,8 +26,9 @@ def measured(node: Node, record: dict[str, Any], materials: Materials, view: Vie
     at = {"longest": longest(node), "eos": tokenizer.specials.eos}
     contexts = evaluate.evaluation_contexts(held_out, evaluation.contexts, evaluation.seed, **at)
     sizes = materials.byte_counts(evaluation.text, node.tokenizer)
-    of_text, record["theory"] = theory.learned(node, materials)
-    record["metrics"] = evaluate.evaluate_model(model, held_out, sizes, contexts) | of_text
+    learned = theory.learned(node, materials)
+    record |= {"theory": learned.expected, "watched": learned.watched, "lost": learned.lost}
+    record["metrics"] = evaluate.evaluate_model(model, held_out, sizes, contexts) | learned.measures
     record["agreement"] = {
         other.key: evaluate.compare_models(model, materials.model(other), contexts.prefixes, padded=True)
         for other in _compared(node, materials)

@@ -4,6 +4,8 @@ Theory speaks of models that write by the relative frequencies of what they read
 temperature 1), and is exact where words are drawn independently (`order=1`). Other nodes have the measures alone.
 """
 
+from typing import NamedTuple
+
 import numpy as np
 
 from epigone.evaluate import collapse_theory
@@ -21,11 +23,30 @@ MOST_TEXTS = 400
 LEFT = ("words_left", "pairs_left", "triples_left")
 """Measures of the n-grams that are left, n = 1, 2, 3."""
 
+WATCHED = 150
+"""Words of generation 0's text whose fate is kept in the records."""
+
 Measures = dict[str, float]
 Source = Text | Written
 
 
-def learned(node: Node, materials: Materials) -> tuple[Measures, Measures]:
+class Learned(NamedTuple):
+    """What is told of the text that a node learned.
+
+    Attributes:
+        measures: of the text.
+        expected: what theory says of some of them.
+        watched: words of a first text and their counts, so that their fate can be followed.
+        lost: those of the watched words of the first text that this text lacks.
+    """
+
+    measures: Measures
+    expected: Measures
+    watched: list[tuple[str, int]]
+    lost: list[str]
+
+
+def learned(node: Node, materials: Materials) -> Learned:
     """Measures of the text that a node learned, and what theory expects of them where it says something.
 
     `learned_heterozygosity`: 1 - sum p^2 of the relative frequencies of its words, ends of documents among them; theory
@@ -35,24 +56,34 @@ def learned(node: Node, materials: Materials) -> tuple[Measures, Measures]:
     """
     first = materials.store.lineage.ancestor(node.key)
     if not node.lesson.text or first.tokenizer != node.tokenizer or not first.lesson.text:
-        return {}, {}
+        return Learned({}, {}, [], [])
     counts_V, first_V = _counts(node, materials), _counts(first, materials)
-    eos = materials.tokenizer(node.tokenizer).specials.eos
+    words_V, first_words_V = counts_V.copy(), first_V.copy()
+    words_V[materials.tokenizer(node.tokenizer).specials.eos] = 0
+    first_words_V[materials.tokenizer(node.tokenizer).specials.eos] = 0
     measures = {
         "learned_heterozygosity": float(collapse_theory.heterozygosity(counts_V / counts_V.sum())),
-        "learned_words": float(np.count_nonzero(np.delete(counts_V, eos))),
+        "learned_words": float(np.count_nonzero(words_V)),
     }
     # A node of a later generation that reads real text alone, as a control does, has no first generation to lose from.
     if first is node and node.generation:
-        return measures, {}
-    measures |= _left(node, first, materials)
+        return Learned(measures, {}, [], [])
     expected = {}
     if (history := _history(node, materials)) is not None:
         expected["learned_heterozygosity"] = float(collapse_theory.heterozygosity_of(*history)[-1])
     if (copies := _copies(node, materials)) is not None:
-        words_V = np.delete(first_V, eos)
-        expected["words_left"] = float(collapse_theory.survival(words_V[words_V > 0], copies).sum())
-    return measures, expected
+        expected["words_left"] = float(collapse_theory.survival(first_words_V[first_words_V > 0], copies).sum())
+    token, watched = materials.tokenizer(node.tokenizer).token, _watched(first_words_V)
+    lost = [token(word) for word in watched if not words_V[word]]
+    shown = [(token(word), int(first_words_V[word])) for word in watched] if first is node else []
+    return Learned(measures | _left(node, first, materials), expected, shown, lost)
+
+
+def _watched(counts_V: np.ndarray) -> list[int]:
+    """Some words of the first text, from the most frequent to the rarest in even steps of their rank."""
+    ranked = np.argsort(-counts_V, kind="stable")[: np.count_nonzero(counts_V)]
+    steps = np.unique(np.linspace(0, len(ranked) - 1, min(WATCHED, len(ranked))).round().astype(int))
+    return [int(word) for word in ranked[steps]]
 
 
 def _left(node: Node, first: Node, materials: Materials) -> Measures:

@@ -6,6 +6,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from epigone.report import populations, reading, sections
+from epigone.report.explorer import exploration
 from epigone.report.formats import probability
 from epigone.report.graph import lineage_svg
 from epigone.report.plots import draw_all
@@ -66,6 +67,7 @@ def render(run: Run, series: list[Series], compared: list[Comparison], figures: 
         not_drawn=sections.not_drawn(series),
         held=populations.held(run),
         comparisons=[(one, sections.verdict(one), sections.compared_table(run, one)) for one in compared],
+        exploration=Markup(exploration(run, series)),
         samples=reading.samples(series),
         loose_samples=reading.loose_samples(run, series),
         predictions=reading.predictions(run, series, compared),

@@ -58,7 +58,12 @@ def loose_samples(run: Run, series: list[Series]) -> list[tuple[str, list[str]]]
     for node in run.grown:
         if node.key not in drawn and node.get("samples"):
             lowest.setdefault((node.name, node.generation), node)
-    return [(node.key, [_clip(text) for text in node.get("samples")[:_SAMPLES]]) for node in lowest.values()]
+    return [(node.key, clipped_samples(node)) for node in lowest.values()]
+
+
+def clipped_samples(node: Node) -> list[str]:
+    """The first texts that a node wrote, as they are shown."""
+    return [_clip(text) for text in node.get("samples", [])[:_SAMPLES]]
 
 
 def milestones(generations: list[int]) -> list[int]:

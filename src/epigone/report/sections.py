@@ -80,7 +80,9 @@ def _signed(value: float) -> str:
 
 
 def _growth_headline(one: Series) -> Headline | None:
-    points = one.points("perplexity")
+    points, of = one.points("perplexity"), "perplexity"
+    if not any(math.isfinite(point.mean) for point in points.values()):
+        points, of = one.points("words_left"), "words of the first text left"
     if len(points) < 2:
         return None
     first, last = min(points), max(points)
@@ -88,7 +90,7 @@ def _growth_headline(one: Series) -> Headline | None:
     ratio = f"×{end / start:.2f}" if math.isfinite(end) and math.isfinite(start) and start > 0 else real(end)
     seeds = f"{points[last].count} seeds" if points[last].count > 1 else "1 seed"
     note = f"{real(start)} → {real(end)}, generation {first} to {last}, {seeds}"
-    return Headline(ratio, f"perplexity, {one.family} · {one.regime}", note)
+    return Headline(ratio, f"{of}, {one.family} · {one.regime}", note)
 
 
 def lessons(run: Run) -> list[tuple[str, str]]:
@@ -104,12 +106,17 @@ def lessons(run: Run) -> list[tuple[str, str]]:
 
 def not_drawn(series: list[Series]) -> list[str]:
     """Points that a perplexity plot cannot show, because a mean is infinite or not a number."""
-    return [
-        f"{one.family} · {one.regime} @{generation}: {real(point.mean)}"
-        for one in series
-        for generation, point in one.points("perplexity").items()
-        if not math.isfinite(point.mean)
-    ]
+    found = []
+    for one in series:
+        points = one.points("perplexity")
+        missing = {generation: point.mean for generation, point in points.items() if not math.isfinite(point.mean)}
+        if len(missing) == len(points) > 1:
+            found.append(f"{one.family} · {one.regime}, {real(next(iter(missing.values())))} at every generation")
+        else:
+            found += [
+                f"{one.family} · {one.regime} @{generation}: {real(mean)}" for generation, mean in missing.items()
+            ]
+    return found
 
 
 def bands(series: list[Series]) -> str:
