@@ -109,13 +109,11 @@ def not_drawn(series: list[Series]) -> list[str]:
     found = []
     for one in series:
         points = one.points("perplexity")
-        missing = {generation: point.mean for generation, point in points.items() if not math.isfinite(point.mean)}
-        if len(missing) == len(points) > 1:
-            found.append(f"{one.family} · {one.regime}, {real(next(iter(missing.values())))} at every generation")
+        missing = {g: real(point.mean) for g, point in points.items() if not math.isfinite(point.mean)}
+        if len(missing) == len(points) and len(set(missing.values())) == 1:
+            found.append(f"{one.family} · {one.regime}: {missing.popitem()[1]} at every generation")
         else:
-            found += [
-                f"{one.family} · {one.regime} @{generation}: {real(mean)}" for generation, mean in missing.items()
-            ]
+            found += [f"{one.family} · {one.regime} @{g}: {value}" for g, value in missing.items()]
     return found
 
 
