@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import shutil
+from functools import partial
 
 import numpy as np
 import pytest
@@ -39,10 +40,10 @@ def models():
     return NGramModel.fit(NGram(order=2), texts[:40], 20), NGramModel.fit(NGram(order=3), texts, 20)
 
 
-def written(models, tokens=300, given=None, judged=True, **how):
+def written(models, tokens=300, given=None, judged=True, holds=None, **how):
     source = Written("writer@0", tokens, max_length=LONGEST, **how)
-    judge = models[1] if judged else None
-    return write_chosen(source, models[0], judge, given, LONGEST, lambda block: 100 + block)
+    judge = partial(scores, models[1], prompt_tokens=source.prompt_tokens, longest=LONGEST) if judged else None
+    return write_chosen(source, models[0], judge, given, LONGEST, lambda block: 100 + block, holds)
 
 
 # ------------------------------------------------------------------ scores
@@ -116,6 +117,33 @@ def test_a_longer_text_begins_as_a_shorter_one(how, models):
     assert len(short) < len(long)
     for one, other in zip(short, long, strict=False):
         np.testing.assert_array_equal(one, other)
+
+
+def short(document):
+    return len(document) < 6
+
+
+def test_what_breaks_the_rule_is_left_out_and_counted(models):
+    documents, tally = written(models, 600, judged=False, holds=short, rule=short)
+    drawn = [row[0] for row in models[0].sample([np.zeros(0, np.int32)] * BLOCK, 100, samples=1, length=LONGEST)]
+    for document, wanted in zip(documents, filter(short, drawn), strict=False):
+        np.testing.assert_array_equal(document, wanted)
+    assert all(map(short, documents))
+    assert tally.kept + tally.ruled_out == tally.drawn
+    assert tally.card()["ruled_out"] == tally.ruled_out / tally.drawn > 0.2
+
+
+def test_of_what_keeps_the_rule_the_best_are_taken(models):
+    documents, tally = written(models, 400, holds=short, rule=short, keep=0.5, best_of=2)
+    assert all(map(short, documents))
+    assert tally.card()["score_of_kept"] > tally.card()["score_of_candidates"]
+    plain = written(models, 400, judged=False, holds=short, rule=short)[0]
+    assert np.mean(scores(models[1], documents, 0, LONGEST)) > np.mean(scores(models[1], plain, 0, LONGEST)) + 0.1
+
+
+def test_a_rule_that_nothing_keeps_ends_in_one_line(models):
+    with pytest.raises(UserError, match="not one of 5120 documents keeps the rule 'short'"):
+        written(models, judged=False, holds=lambda document: False, rule=short)
 
 
 # ------------------------------------------------------------------ prompts
@@ -281,6 +309,9 @@ def test_a_model_card_tells_how_texts_were_chosen(run):
         ({"keep": 0.0}, "keep=0.0 is a share"),
         ({"keep": 1.5}, "keep=1.5 is a share"),
         ({"judge": "b@0"}, "nothing to judge for 'b@0': set best_of or keep"),
+        ({"verifier": "v"}, "nothing to judge for 'v': set best_of or keep"),
+        ({"verifier": "v", "judge": "b@0", "keep": 0.5}, "judge='b@0' and a verifier: choose one"),
+        ({"rule": 3}, "rule=3 is no function of a text"),
         ({"prompts": Text("c")}, "prompt_tokens=0 and a text of prompts: set both"),
         ({"prompt_tokens": 2}, "prompt_tokens=2 and no text of prompts: set both"),
         ({"prompts": Text("c"), "prompt_tokens": 256}, "prompt_tokens=256 leaves nothing to write of max_length=256"),

@@ -3,7 +3,8 @@
 What     A trigram model of 60,000 words and ten generations, each taught by the text of the one before: eight data
          regimes; copies that write what smoothing made up, beside ones that write by the frequencies of what they read;
          an unchanged smoothing beside one that is chosen on validation text at every generation; text that was sampled
-         cold, from a nucleus, or that a judge who knows real text has chosen; successors that are smaller (bigrams) and
+         cold, from a nucleus, or chosen: by a judge who knows real text, by itself, by a classifier of real text, by a
+         rule; successors that are smaller (bigrams) and
          larger (four-grams).
 Why      Gerstgrasser et al. 2024 (arXiv 2404.01413): accumulating keeps, replacing loses. Kazdan et al. 2024
          (2410.16713): a sample of constant size of all that was ever written lies between. Alemohammad et al. 2024
@@ -28,6 +29,7 @@ from epigone.families import chain
 from epigone.lineage import Evaluation, Lesson, Lineage, Node, Text, TrainedTokenizer, Written
 from epigone.models.ngram import NGram
 from epigone.models.smoothing import mle
+from epigone.verifiers import RealOrWritten, ends_as_a_sentence
 
 BIBLE = Embedded("bbe", unit="verse")
 WORDS = TrainedTokenizer(Words(lowercase=True), Text(BIBLE))
@@ -87,6 +89,11 @@ def _sampled(root: Node, generations: int) -> list[Node]:
         "nucleus 0.9": {"top_p": 0.9},
         "best half, by a judge": {"keep": 0.5, "judge": judge.key},
         "best half, by itself": {"keep": 0.5},
+        "best half, by a classifier": {
+            "keep": 0.5,
+            "verifier": RealOrWritten(Text(BIBLE, skip=300_000, tokens=60_000)),
+        },
+        "whole sentences": {"rule": ends_as_a_sentence},
     }
     nodes = [judge]
     for number, (label, how) in enumerate(ways.items()):

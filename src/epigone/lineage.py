@@ -54,7 +54,7 @@ class Written:
     """Text that another node of the lineage writes: sequence-level distillation (Kim & Rush 2016).
 
     A document's score is its mean log-probability per token under the judge, at temperature 1: over what was written,
-    its end included where it has one, and not over a prompt.
+    its end included where it has one, and not over a prompt. A verifier has scores of its own.
 
     Attributes:
         by: key of the node that writes.
@@ -67,6 +67,8 @@ class Written:
         keep: share of the documents that is kept, those with the best scores; documents are written until `tokens` are
             kept.
         judge: key of the node that gives scores; None: the writer itself.
+        verifier: gives the scores in a node's place, a config of `epigone.verifiers`.
+        rule: a function of a text; documents of which it is not true are left out before others are chosen.
         prompts: real text; each document begins as one of its documents does, in their order and then again from the
             first, and the writer completes it. None: the writer begins by itself.
         prompt_tokens: tokens that are given of each of them, part of the text; shorter documents give no prompt.
@@ -83,6 +85,8 @@ class Written:
     best_of: int = field(default=1, metadata={"identity": WHERE_SET})
     keep: float = field(default=1.0, metadata={"identity": WHERE_SET})
     judge: str | None = field(default=None, metadata={"identity": WHERE_SET})
+    verifier: Any = field(default=None, metadata={"identity": WHERE_SET})
+    rule: Any = field(default=None, metadata={"identity": WHERE_SET})
     prompts: Text | None = field(default=None, metadata={"identity": WHERE_SET})
     prompt_tokens: int = field(default=0, metadata={"identity": WHERE_SET})
     subsample: int | None = field(default=None, metadata={"identity": WHERE_SET})
@@ -99,9 +103,14 @@ class Written:
         return self if self.subsample is None else replace(self, subsample=None)
 
     @property
+    def is_judged(self) -> bool:
+        """Whether documents are chosen by their scores."""
+        return self.best_of > 1 or self.keep < 1
+
+    @property
     def judged_by(self) -> str | None:
-        """Key of the node that gives scores; None where every document is kept as it was drawn."""
-        return (self.judge or self.by) if self.best_of > 1 or self.keep < 1 else None
+        """Key of the node that gives scores; None where no node does."""
+        return (self.judge or self.by) if self.is_judged and self.verifier is None else None
 
     def __post_init__(self) -> None:
         _check_sizes(self, tokens=0, top_k=0, max_length=1, best_of=1, prompt_tokens=0, subsample=1, draw=0)
@@ -112,8 +121,14 @@ class Written:
             )
         if not 0 < self.keep <= 1:
             raise UserError(f"written by '{self.by}': keep={self.keep} is a share: above 0, up to 1 for all")
-        if self.judge and not self.judged_by:
-            raise UserError(f"written by '{self.by}': nothing to judge for '{self.judge}': set best_of or keep")
+        if (self.judge or self.verifier) and not self.is_judged:
+            raise UserError(
+                f"written by '{self.by}': nothing to judge for '{self.judge or self.verifier}': set best_of or keep"
+            )
+        if self.judge and self.verifier:
+            raise UserError(f"written by '{self.by}': judge='{self.judge}' and a verifier: choose one")
+        if self.rule is not None and not callable(self.rule):
+            raise UserError(f"written by '{self.by}': rule={self.rule!r} is no function of a text")
         if (self.prompts is None) != (self.prompt_tokens == 0):
             raise UserError(
                 f"written by '{self.by}': prompt_tokens={self.prompt_tokens} and {'no' if not self.prompts else 'a'} "
@@ -263,7 +278,8 @@ class Node:
         lesson = self.lesson
         roles = [*((key, "teacher") for key in lesson.teachers), (lesson.start_from or "", "start")]
         written = [source for source in lesson.text if isinstance(source, Written)]
-        roles += [(source.by, "text") for source in written] + [(source.judge or "", "judge") for source in written]
+        roles += [(source.by, "text") for source in written]
+        roles += [(source.judge or "", "judge") for source in written]
         return tuple(dict.fromkeys((key, role) for key, role in roles if key))
 
 

@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from epigone import verifiers
 from epigone.data import corpora
 from epigone.data.tokenizers import Tokenizer
 from epigone.errors import UserError
@@ -16,13 +17,16 @@ from epigone.models.language_model import MAX_LENGTH, Document, LanguageModel
 from epigone.models.ngram import NGram, NGramModel
 from epigone.storage.folders import fetched, is_whole
 from epigone.store import Store
-from epigone.writing import check_sizes, is_chosen, prompts_of, write_chosen, writing_flops
+from epigone.writing import Scores, check_sizes, is_chosen, prompts_of, scores, write_chosen, writing_flops
 
 TokenizerConfig = Any
 """A TrainedTokenizer, or a config of `epigone.data.foreign_tokenizers`, which has a `build` of its own."""
 
 KEPT_MODELS = 4
 """Models that stay in memory: a teacher, a judge, the writer of the text and the node itself."""
+
+SAMPLING = ("temperature", "top_k", "top_p", "max_length")
+"""Fields of a written text that say how a model samples."""
 
 KEPT_INDICES = 8
 """Indices of n-grams that stay in memory."""
@@ -142,9 +146,7 @@ class Materials:
         writer = self.store.lineage[source.by]
         identity = self.store.lineage.identities[source.by]
         tokenizer = self.tokenizer(writer.tokenizer)
-        sampling: dict[str, Any] = {
-            name: getattr(source, name) for name in ("temperature", "top_k", "top_p", "max_length")
-        }
+        sampling: dict[str, Any] = {name: getattr(source, name) for name in SAMPLING}
         if is_chosen(source):
             documents, told, tokens = self._chosen(source, identity)
         else:
@@ -166,20 +168,43 @@ class Materials:
     def _chosen(self, source: Written, identity: str) -> tuple[list[Document], dict[str, Any], int]:
         """A text that is prompted or judged, what its card says of that, and the tokens of all candidates."""
         lineage, writer = self.store.lineage, self.store.lineage[source.by]
+        decode, score = self.tokenizer(writer.tokenizer).decode, self._score(source, identity)
+        holds = None if source.rule is None else lambda document: bool(source.rule(decode(document)))
         documents, tally = write_chosen(
             source,
             self.model(writer),
-            self.model(lineage[source.judged_by]) if source.judged_by else None,
+            score,
             self.prompts(source),
             longest(writer, source.max_length),
             lambda block: seed_of(identity, _drawn(f"write block {block}", source)),
+            holds,
         )
         told: dict[str, Any] = {"chosen": {"best_of": source.best_of, "keep": source.keep, **tally.card()}}
         if source.judged_by:
             told["chosen"]["judge"] = {"key": source.judged_by, "identity": lineage.identities[source.judged_by]}
+        by = {"verifier": source.verifier, "rule": source.rule}
+        told["chosen"] |= {name: canonical(value) for name, value in by.items() if value}
+        if lineage.evaluation and (source.is_judged or source.rule):
+            real = self.documents(lineage.evaluation.text, writer.tokenizer)
+            told["chosen"] |= verifiers.verification(tally, real, score, holds)
         if source.prompts:
             told["prompts"] = {**self.card(source.prompts), "prompt_tokens": source.prompt_tokens}
         return documents, told, tally.tokens
+
+    def _score(self, source: Written, identity: str) -> Scores | None:
+        """What scores the documents of a text: a node's likelihood, or a verifier that has seen the writer's own."""
+        if not source.is_judged:
+            return None
+        writer = self.store.lineage[source.by]
+        if source.judged_by:
+            judge, most = self.model(self.store.lineage[source.judged_by]), longest(writer, source.max_length)
+            return lambda documents: scores(judge, documents, source.prompt_tokens, most)
+        real = self.documents(source.verifier.real, writer.tokenizer)
+        tokens = count_tokens(real[: source.verifier.documents])
+        knobs: dict[str, Any] = {name: getattr(source, name) for name in SAMPLING}
+        written = self.model(writer).write(tokens, seed_of(identity, "verify"), **knobs)
+        fitted: Scores = source.verifier.fitted(real, written)
+        return fitted
 
     def prompts(self, source: Written) -> list[Document] | None:
         """What is given of each document that a node completes; None where nothing is."""
@@ -199,6 +224,8 @@ class Materials:
                     f"'{writer.key}' writes and its judge '{judge.key}' reads another tokenizer, '{ours.name}' and "
                     f"'{theirs.name}': take a judge with the writer's tokenizer"
                 )
+        if source.verifier:
+            self.strings(source.verifier.real)
         if not is_whole(self.store.written(source)):
             self.prompts(source)
 

@@ -56,7 +56,8 @@ def _written(text: Written) -> str:
     given = f" behind the first {text.prompt_tokens} of each document of {_read(text.prompts)}" if text.prompts else ""
     chosen = f", the best of {text.best_of} candidates each" if text.best_of > 1 else ""
     chosen += f", the best {text.keep:.3g} of all documents" if text.keep < 1 else ""
-    judge = f" for {text.judged_by}" if text.judged_by else ""
+    judge = f" for {text.judged_by or type(text.verifier).__name__}" if text.is_judged else ""
+    chosen += f", those that keep the rule {getattr(text.rule, '__name__', text.rule)}" if text.rule else ""
     drawn = f"{text.tokens} tokens, temperature {text.temperature:g}"
     return f"text written by {text.by}{given} ({drawn}{chosen}{judge}){_drawn(text)}"
 
