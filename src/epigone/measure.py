@@ -1,15 +1,20 @@
 """Measure a node that is grown: the model on held-out text, and the text that it writes."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from epigone import evaluate, theory
 from epigone.errors import UserError
+from epigone.evaluate import quality
 from epigone.evaluate.sameness import sameness
 from epigone.lineage import Evaluation, Node
 from epigone.materials import Materials, longest, seed_of
 from epigone.models.language_model import MAX_LENGTH
 from epigone.view import View
+
+JUDGED = 100
+"""Documents that the evaluation's judge reads of each node: it may be a large model."""
 
 WRITTEN_MARGIN = 1.25
 """A node writes so much more than is measured, since the ends of documents are not part of the measured sample."""
@@ -81,7 +86,8 @@ def _measure_writing(
     judge = materials.model(ancestor) if _one_tokenizer(node, ancestor, materials) else None
     if judge is not None and judge.vocab_size < model.vocab_size:
         judge = None  # it cannot read all that the node may write
-    return evaluate.evaluate_text(
+    judged = _judged([tokenizer.decode(ids) for ids in written[:JUDGED]], node, evaluation, materials)
+    return judged | evaluate.evaluate_text(
         written,
         materials.index((evaluation.real,), node.tokenizer),
         evaluation.write_tokens,
@@ -90,6 +96,18 @@ def _measure_writing(
         judge=judge,
         cut_at=longest(node),
     )
+
+
+def _judged(texts: list[str], node: Node, evaluation: Evaluation, materials: Materials) -> dict[str, float]:
+    """`judge_bits_per_byte`: what texts cost the evaluation's judge, ends not counted; absent where it is not grown."""
+    judge = materials.store.lineage[evaluation.judge] if evaluation.judge else node
+    texts = [text for text in texts if text]
+    if judge.key == node.key or not texts or materials.store.record(judge) is None:
+        return {}
+    read = materials.tokenizer(judge.tokenizer).encode_batch(texts)
+    found = quality.likelihood(materials.model(judge), read)
+    within = replace(found, nats_M=found.nats_M - found.end_nats_M)
+    return {"judge_bits_per_byte": quality.bits_per_byte(within, [len(text.encode()) for text in texts])}
 
 
 def _compared(node: Node, materials: Materials) -> list[Node]:

@@ -73,12 +73,13 @@ class Store:
 
     def measured_as(self, node: Node) -> str:
         """What a record's measures depend on beside the node: the evaluation, and the models it is held against."""
-        others = [self.lineage[key] for key in self.compared(node)]
+        judge = self.lineage.evaluation.judge if self.lineage.evaluation else None
+        others = [self.lineage[key] for key in [*self.compared(node), *([judge] if judge else [])]]
         known = [
             (self.lineage.identities[other.key], (self.directory(other) / "record.json").exists()) for other in others
         ]
-        judge = self.lineage.identities[self.lineage.ancestor(node.key).key]
-        return fingerprint([self.lineage.evaluation, known, judge])
+        first = self.lineage.identities[self.lineage.ancestor(node.key).key]
+        return fingerprint([self.lineage.evaluation, known, first])
 
     def compared(self, node: Node) -> list[str]:
         """Keys of the nodes with whose scores a node's are compared: its teacher, and what the evaluation names."""

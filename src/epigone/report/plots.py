@@ -36,6 +36,7 @@ DIVERSITY = {
     "information_4": "what it tells of the fourth, nats",
     "sentence_length": "length of a text, words",
     "real_perplexity": "perplexity of its text under generation 0",
+    "judge_bits_per_byte": "bits a byte of its text, under a judge",
 }
 
 THEORY = "theory"
