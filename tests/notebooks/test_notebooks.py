@@ -2,6 +2,9 @@
 
 import base64
 import struct
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import nbformat
@@ -12,8 +15,14 @@ from jupyter_client.manager import AsyncKernelManager
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
 from report.synthetic_run import quickstart, record, write_run
+from tiny import Silent, shrunk
+
+from epigone.grow import grow
+from epigone.lineage import Lineage
+from epigone.verbs.run import load_config
 
 NOTEBOOKS = Path(__file__).parent.parent.parent / "notebooks"
+CONFIGS = NOTEBOOKS.parent / "configs"
 ALL = sorted(NOTEBOOKS.glob("*.ipynb"))
 
 
@@ -53,8 +62,42 @@ def small_run(directory: Path, generations: int = 4, seeds: int = 2) -> Path:
     return write_run(directory / "run", entries, [record(entry) for entry in entries])
 
 
+def grown_run(
+    directory: Path, config: str, few: Callable[[Lineage], Lineage] = lambda whole: whole, **knobs: int
+) -> Path:
+    """A shipped config, shrunk and grown."""
+    lineage = few(shrunk(load_config(CONFIGS / f"{config}.py")(**knobs), write_tokens=600))
+    grow(lineage, directory / "run", view=Silent())
+    return directory / "run"
+
+
+def few_populations(whole: Lineage) -> Lineage:
+    """Those of one and of two teachers, with half of the text theirs and with all of it."""
+    kept = tuple(p for p in whole.populations if p.factors["teachers"] < 3 and p.name.endswith("m8-c3-r0"))
+    members = {key for population in kept for key in population.members}
+    nodes = tuple(node for node in whole.nodes if node.key in members or node.name.startswith("teacher"))
+    return replace(whole, nodes=nodes, populations=kept)
+
+
+RUNS = {
+    "01_quickstart": small_run,
+    "02_collapse": partial(grown_run, config="generations/trigrams", seeds=1, generations=2, tokens=2_000),
+    "03_population": partial(
+        grown_run, config="sameness", few=few_populations, seeds=1, teacher_tokens=800, tokens=400
+    ),
+}
+"""Of each notebook a small run that it can read."""
+
+TOLD = {
+    "01_quickstart": ("perplexity",),
+    "02_collapse": ("real only", "writing what smoothing made up", "kept_of_real", "after one round"),
+    "03_population": ("control, models that they are worth", "teachers 1, dose", "by dose: 0"),
+}
+"""What each prints, among other things."""
+
+
 def test_there_are_notebooks():
-    assert ALL
+    assert {path.stem for path in ALL} == set(RUNS)
 
 
 @pytest.mark.parametrize("path", ALL, ids=lambda path: path.stem)
@@ -69,10 +112,12 @@ def test_a_notebook_is_valid_and_stored_without_outputs(path):
 
 @pytest.mark.parametrize("path", ALL, ids=lambda path: path.stem)
 def test_a_notebook_runs_from_top_to_bottom(path, tmp_path, monkeypatch):
-    done = execute(path, small_run(tmp_path), tmp_path, monkeypatch)
+    done = execute(path, RUNS[path.stem](tmp_path), tmp_path, monkeypatch)
     assert not [output for output in outputs(done) if output.output_type == "error"]
     assert not [output.text for output in outputs(done) if output.get("name") == "stderr"]
     assert shown(done, "image/png")
+    for words in TOLD[path.stem]:
+        assert words in printed(done), words
 
 
 def test_the_quickstart_shows_figures_and_results(tmp_path, monkeypatch):
