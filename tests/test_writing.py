@@ -163,6 +163,17 @@ def test_every_document_begins_as_a_document_of_the_prompts(models):
         prompts_of(source, texts[:2])
 
 
+def test_what_is_searched_for_is_one_text_of_each_prompt_and_more_probable(models):
+    given = [np.array([a, b], np.int32) for a in range(4, 16) for b in range(4, 16)]
+    how = {"prompts": Text("c"), "prompt_tokens": 2}
+    found, tally = written(models, 200, given, judged=False, beams=4, **how)
+    assert len({tuple(document[:2]) for document in found}) == len(found) <= tally.drawn == len(given)
+    drawn = written(models, 200, given, judged=False, **how)[0]
+    assert np.mean(scores(models[0], found, 2, LONGEST)) > np.mean(scores(models[0], drawn, 2, LONGEST)) + 0.1
+    with pytest.raises(UserError, match=r"144 prompts gave .* tokens by beam search, and tokens=9000"):
+        written(models, 9000, given, judged=False, beams=4, **how)
+
+
 # ------------------------------------------------------------------ in a lineage
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
@@ -312,6 +323,8 @@ def test_a_model_card_tells_how_texts_were_chosen(run):
         ({"verifier": "v"}, "nothing to judge for 'v': set best_of or keep"),
         ({"verifier": "v", "judge": "b@0", "keep": 0.5}, "judge='b@0' and a verifier: choose one"),
         ({"rule": 3}, "rule=3 is no function of a text"),
+        ({"beams": 2}, "beams=2 finds one text of each prompt"),
+        ({"beams": 2, "prompts": Text("c"), "prompt_tokens": 2, "top_k": 3}, "no temperature, top_k"),
         ({"prompts": Text("c")}, "prompt_tokens=0 and a text of prompts: set both"),
         ({"prompt_tokens": 2}, "prompt_tokens=2 and no text of prompts: set both"),
         ({"prompts": Text("c"), "prompt_tokens": 256}, "prompt_tokens=256 leaves nothing to write of max_length=256"),

@@ -63,6 +63,8 @@ class Written:
         top_k: sample among the k most probable tokens only; 0 is off.
         top_p: sample in the smallest set that holds this probability; 1 is off.
         max_length: a document is cut after this many tokens.
+        beams: documents are not sampled but searched for, by so many beams: of each prompt the model's most probable
+            continuation, or nearly; 0 samples.
         best_of: candidates for each document; the one with the best score is taken.
         keep: share of the documents that is kept, those with the best scores; documents are written until `tokens` are
             kept.
@@ -82,6 +84,7 @@ class Written:
     top_k: int = 0
     top_p: float = 1.0
     max_length: int = 256
+    beams: int = field(default=0, metadata={"identity": WHERE_SET})
     best_of: int = field(default=1, metadata={"identity": WHERE_SET})
     keep: float = field(default=1.0, metadata={"identity": WHERE_SET})
     judge: str | None = field(default=None, metadata={"identity": WHERE_SET})
@@ -113,11 +116,17 @@ class Written:
         return (self.judge or self.by) if self.is_judged and self.verifier is None else None
 
     def __post_init__(self) -> None:
-        _check_sizes(self, tokens=0, top_k=0, max_length=1, best_of=1, prompt_tokens=0, subsample=1, draw=0)
+        _check_sizes(self, tokens=0, top_k=0, max_length=1, beams=0, best_of=1, prompt_tokens=0, subsample=1, draw=0)
         _check_subsample(self)
         if not (self.temperature >= 1e-6 and 0 < self.top_p <= 1):
             raise UserError(
                 f"written by '{self.by}': temperature {self.temperature} (1e-6 or more), top_p {self.top_p}"
+            )
+        sampled = self.temperature != 1 or self.top_k or self.top_p < 1 or self.best_of > 1 or self.draw
+        if self.beams and (sampled or self.prompts is None):
+            raise UserError(
+                f"written by '{self.by}': beams={self.beams} finds one text of each prompt: it takes prompts, and no "
+                "temperature, top_k, top_p, best_of or draw"
             )
         if not 0 < self.keep <= 1:
             raise UserError(f"written by '{self.by}': keep={self.keep} is a share: above 0, up to 1 for all")

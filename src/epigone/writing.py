@@ -64,7 +64,7 @@ class Tally:
 
 def is_chosen(source: Written) -> bool:
     """Whether a text is more than what its writer draws by itself."""
-    return bool(source.is_judged or source.prompts or source.rule)
+    return bool(source.is_judged or source.prompts or source.rule or source.beams)
 
 
 def check_sizes(source: Written, longest: int) -> None:
@@ -122,6 +122,13 @@ def write_chosen(
     size, block, tally = 0, 0, Tally()
     while size < source.tokens:
         numbers = range(block * BLOCK, (block + 1) * BLOCK)
+        if source.beams and prompts:  # a prompt has one text
+            numbers = range(numbers.start, min(numbers.stop, len(prompts)))
+            if not numbers:
+                raise UserError(
+                    f"written by '{source.by}': {len(prompts)} prompts gave {size} tokens by beam search, and "
+                    f"tokens={source.tokens}: give more prompts, or ask for fewer tokens"
+                )
         given = [prompts[i % len(prompts)] if prompts else np.zeros(0, np.int32) for i in numbers]
         fresh = _block(source, writer, score, holds, given, longest, seed_of_block(block), tally)
         kept, size, block = kept + fresh, size + sum(len(document) + 1 for document in fresh), block + 1
@@ -169,7 +176,10 @@ def _candidates(
     """Prompts with what the writer makes of them, `best_of` of each in a row."""
     knobs: dict[str, Any] = {name: getattr(source, name) for name in ("temperature", "top_k", "top_p")}
     length = longest - source.prompt_tokens
-    written = writer.sample(prompts, seed, samples=source.best_of, length=length, **knobs)
+    if source.beams:
+        written = [[text] for text in writer.beam(prompts, beams=source.beams, length=length)]
+    else:
+        written = writer.sample(prompts, seed, samples=source.best_of, length=length, **knobs)
     return [
         np.concatenate([prompt, text]).astype(np.int32)
         for prompt, row in zip(prompts, written, strict=True)

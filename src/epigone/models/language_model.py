@@ -96,6 +96,10 @@ class LanguageModel(Protocol):
         """
         ...
 
+    def beam(self, prompts: Sequence[Document], *, beams: int, length: int) -> list[Document]:
+        """A very probable continuation of bos + each prompt, at most `length` tokens (`epigone.models.beam`)."""
+        ...
+
     def stream(
         self,
         prompts: Sequence[Document],

@@ -191,6 +191,10 @@ class NGramModel:
         sampler = ngram_sampling.Sampler(self.writer, temperature, top_k, top_p)
         return ngram_sampling.sample(sampler, prompts, seed, samples, length)
 
+    def beam(self, prompts: Sequence[Document], *, beams: int, length: int) -> list[Document]:
+        """A very probable continuation of bos + each prompt, at most `length` tokens, as the `writer` says."""
+        return ngram_sampling.beam(self.writer, prompts, beams, length)
+
     def stream(
         self, prompts: Sequence[Document], seed: int, *, samples: int = 1, length: int = 64, **knobs: Any
     ) -> Iterator[tuple[int, int, Document]]:

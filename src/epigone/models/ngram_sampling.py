@@ -14,6 +14,7 @@ import numpy as np
 
 from epigone.errors import UserError
 from epigone.models import counts as counting
+from epigone.models.beam import Beams, Next, most_probable, search
 from epigone.models.language_model import BOS, EOS, Document
 
 if TYPE_CHECKING:
@@ -21,6 +22,9 @@ if TYPE_CHECKING:
 
 WAVE = 8192
 """Documents begun at once: enough to hide the cost of a step, few enough for 256 tokens of each to take 8 MiB."""
+
+BEAM_ROWS = 512
+"""Rows of probabilities that a beam search forms at once."""
 
 ROW_ELEMENTS = 2**18
 """Probabilities formed at once where rows are needed: 2 MiB, which stays in a core's cache."""
@@ -166,6 +170,35 @@ def sample(sampler: Sampler, prompts: Sequence[Document], seed: int, samples: in
         keys = [[seed, index, number] for number in range(samples)]
         found.append([_wave(sampler, 1, np.random.default_rng(key), length, history)[0] for key in keys])
     return found
+
+
+def beam(model: "NGramModel", prompts: Sequence[Document], beams: int, length: int) -> list[Document]:
+    """The best continuation of each prompt that a search with so many beams finds; prompts in parts of `BEAM_ROWS`."""
+    found: list[Document] = []
+    each = max(1, BEAM_ROWS // beams)
+    for start in range(0, len(prompts), each):
+        part = prompts[start : start + each]
+        history = np.repeat(counting.histories(part, model.order, model.vocab_size), beams, axis=1)
+        steps = _BeamSteps(model, history, 2 * beams)
+        found += search(steps.step, steps.next(), Beams(len(part), beams, length, (EOS,)))
+    return found
+
+
+class _BeamSteps:
+    """The last tokens [order - 1, R] of each row of a search."""
+
+    def __init__(self, model: "NGramModel", history: np.ndarray, count: int) -> None:
+        self.model, self.history, self.count = model, history, count
+
+    def step(self, parents_R: np.ndarray, tokens_R: np.ndarray) -> Next:
+        joined = np.concatenate([tokens_R[None].astype(np.int64), self.history[:, parents_R]])
+        self.history = joined[: self.model.order - 1]
+        return self.next()
+
+    def next(self) -> Next:
+        with np.errstate(divide="ignore"):
+            rows_RV = np.log(self.model.rows(counting.find_contexts(self.model.levels, self.history)))
+        return most_probable(rows_RV, self.count)
 
 
 def _wave(

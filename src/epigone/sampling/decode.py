@@ -15,6 +15,7 @@ from epigone.errors import UserError
 from epigone.models.config import DecoderConfig
 from epigone.models.language_model import MAX_LENGTH, Document, Specials
 from epigone.models.sharding import Sharding, batch_parts
+from epigone.sampling.beam import beam_search
 from epigone.sampling.loop import IDLE, Drawn, Knobs, Prepared, Until, decode, prepare, start_empty, switches
 from epigone.sampling.scores import bucket, next_scores, windows_of, windows_scores
 from epigone.sampling.slots import CHUNK, Piece, Work, pieces, round_up
@@ -136,6 +137,10 @@ class DecoderLanguageModel:
         placed: dict[str, Any] = {"sharding": self.sharding, "prepared": self._prepared}
         found = sample(self.config, self.params, prompts, seed, **sizes, **knobs, **placed)
         return [[_without_end(self.specials, one.tokens) for one in row] for row in found]
+
+    def beam(self, prompts: Sequence[Document], *, beams: int, length: int) -> list[Document]:
+        """A very probable continuation of bos + each prompt, at most `length` tokens (`epigone.sampling.beam`)."""
+        return beam_search(self.config, self.params, self._prepared, list(prompts), beams, length)
 
     def stream(
         self,

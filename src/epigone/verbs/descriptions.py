@@ -58,7 +58,8 @@ def _written(text: Written) -> str:
     chosen += f", the best {text.keep:.3g} of all documents" if text.keep < 1 else ""
     judge = f" for {text.judged_by or type(text.verifier).__name__}" if text.is_judged else ""
     chosen += f", those that keep the rule {getattr(text.rule, '__name__', text.rule)}" if text.rule else ""
-    drawn = f"{text.tokens} tokens, temperature {text.temperature:g}"
+    how = f"searched for by {text.beams} beams" if text.beams else f"temperature {text.temperature:g}"
+    drawn = f"{text.tokens} tokens, {how}"
     return f"text written by {text.by}{given} ({drawn}{chosen}{judge}){_drawn(text)}"
 
 
