@@ -54,6 +54,28 @@ def test_two_seeds_read_different_text():
     assert lineage["jsd@1"].lesson.text != lineage["jsd@1.s1"].lesson.text
 
 
+GENERATIONS = {
+    "generations/transformers": ({"generations": 1, "tokens": 1_500}, {"reader", "accumulate", "sampled-0"}),
+    "generations/beams": ({"generations": 1, "tokens": 300, "given": 3}, {"reader", "completed-0", "completed-3"}),
+}
+"""Configs of transformers that read each other, how small they are made, and the nodes that are grown."""
+
+
+@pytest.mark.parametrize("name", GENERATIONS)
+def test_transformers_read_what_transformers_wrote(name, tmp_path):
+    knobs, wanted = GENERATIONS[name]
+    whole = load_config(CONFIGS / f"{name}.py")(seeds=1, steps=2, **knobs)
+    few = replace(whole, nodes=tuple(node for node in whole.nodes if node.name in wanted))
+    lineage = shrunk(few)
+    grow(lineage, tmp_path / "run", view=Silent())
+    records = [Store(tmp_path / "run", lineage).record(node) for node in lineage.nodes]
+    assert {record["name"] for record in records} == wanted
+    for record in records:
+        assert record["metrics"]["perplexity"] > 1
+        assert record["generation"] == 0 or record["metrics"]["words_left"] > 0
+    assert len({node.labels["regime"] for node in whole.nodes if node.generation}) >= 4
+
+
 COUNTED = {
     "generations/drift": {"seeds": 1, "generations": 1},
     "generations/trigrams": {"seeds": 1, "generations": 2, "tokens": 2_000},

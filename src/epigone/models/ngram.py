@@ -157,7 +157,8 @@ class NGramModel:
         sampler = ngram_sampling.Sampler(self.writer, temperature, top_k, top_p)
         history = counting.histories([context], self.order, self.vocab_size)
         contexts = [np.repeat(ids, size) for ids in counting.find_contexts(self.levels, history)]
-        return sampler.next_tokens(contexts, np.random.default_rng(seed)).astype(np.int32)
+        chance = ngram_sampling.SharedChance(np.random.default_rng(seed))
+        return sampler.next_tokens(contexts, chance, np.arange(size)).astype(np.int32)
 
     def write(
         self,

@@ -8,7 +8,7 @@ itself.
 
 from collections.abc import Sequence
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 
 WAVE = 8192
 """Documents begun at once: enough to hide the cost of a step, few enough for 256 tokens of each to take 8 MiB."""
+
+CHANCES = 2**21
+"""Random numbers that are drawn at once for texts with a generator each: 16 MiB."""
 
 BEAM_ROWS = 512
 """Rows of probabilities that a beam search forms at once."""
@@ -45,9 +48,9 @@ class Sampler:
         self.model, self.temperature, self.top_k, self.top_p = model, temperature, top_k, top_p
         self.plain = temperature == 1.0 and top_k == 0 and top_p == 1.0
 
-    def next_tokens(self, contexts: Sequence[np.ndarray], rng: np.random.Generator) -> np.ndarray:
-        """One token int64 [M] after each context, given by its id at every level."""
-        return self._from_mixture(contexts, rng) if self.plain else self._from_rows(contexts, rng)
+    def next_tokens(self, contexts: Sequence[np.ndarray], chance: "Chance", rows_M: np.ndarray) -> np.ndarray:
+        """One token int64 [M] after each context, given by its id at every level; `rows_M` says whose chance it is."""
+        return (self._from_mixture if self.plain else self._from_rows)(contexts, chance, rows_M)
 
     @cached_property
     def _escapes(self) -> list[np.ndarray]:
@@ -61,27 +64,27 @@ class Sampler:
     def _cumulative(self) -> list[np.ndarray]:
         return [np.concatenate([[0.0], np.cumsum(mass.weights_E)]) for mass in self.model.masses]
 
-    def _from_mixture(self, contexts: Sequence[np.ndarray], rng: np.random.Generator) -> np.ndarray:
+    def _from_mixture(self, contexts: Sequence[np.ndarray], chance: "Chance", rows_M: np.ndarray) -> np.ndarray:
         tokens_M = np.empty(len(contexts[0]), np.int64)
         pending = np.arange(len(tokens_M))
         for k in range(self.model.order - 1, -1, -1):
             ids = contexts[k][pending]
-            stays = rng.random(len(ids)) >= self._escapes[k][ids]
-            tokens_M[pending[stays]] = self._by_weight(k, ids[stays], rng)
+            stays = chance.uniform(rows_M[pending]) >= self._escapes[k][ids]
+            tokens_M[pending[stays]] = self._by_weight(k, ids[stays], chance.uniform(rows_M[pending[stays]]))
             pending = pending[~stays]
-        tokens_M[pending] = rng.integers(EOS, self.model.vocab_size, len(pending))
+        tokens_M[pending] = chance.integers(rows_M[pending], EOS, self.model.vocab_size)
         return tokens_M
 
-    def _by_weight(self, k: int, ids: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    def _by_weight(self, k: int, ids: np.ndarray, uniform: np.ndarray) -> np.ndarray:
         level, cumulative = self.model.levels[k], self._cumulative[k]
         first, end = level.starts[ids], level.starts[ids + 1]
         low, high = cumulative[first], cumulative[end]
-        found = np.searchsorted(cumulative, low + rng.random(len(ids)) * (high - low), side="right") - 1
+        found = np.searchsorted(cumulative, low + uniform * (high - low), side="right") - 1
         return level.tokens_E[np.minimum(found, end - 1)]
 
-    def _from_rows(self, contexts: Sequence[np.ndarray], rng: np.random.Generator) -> np.ndarray:
+    def _from_rows(self, contexts: Sequence[np.ndarray], chance: "Chance", rows_M: np.ndarray) -> np.ndarray:
         states, inverse_M = self._states(contexts)
-        uniform_M = rng.random(len(inverse_M))
+        uniform_M = chance.uniform(rows_M)
         tokens_M = np.empty(len(inverse_M), np.int64)
         chunk = max(1, ROW_ELEMENTS // self.model.vocab_size)
         for start in range(0, len(states[0]), chunk):
@@ -99,6 +102,47 @@ class Sampler:
             offset += len(level.context_keys_C)
         _, first, inverse_M = np.unique(longest_M, return_index=True, return_inverse=True)
         return [ids_M[first] for ids_M in contexts], inverse_M
+
+
+class Chance(Protocol):
+    """Where random numbers come from: rows are texts in flight."""
+
+    def uniform(self, rows_M: np.ndarray) -> np.ndarray:
+        """A number in [0, 1) for each row."""
+        ...
+
+    def integers(self, rows_M: np.ndarray, low: int, high: int) -> np.ndarray:
+        """An integer in [low, high) for each row."""
+        ...
+
+
+class SharedChance:
+    """One generator for all rows: what a row gets depends on the others."""
+
+    def __init__(self, rng: np.random.Generator) -> None:
+        self.rng = rng
+
+    def uniform(self, rows_M: np.ndarray) -> np.ndarray:
+        return self.rng.random(len(rows_M))
+
+    def integers(self, rows_M: np.ndarray, low: int, high: int) -> np.ndarray:
+        return self.rng.integers(low, high, len(rows_M))
+
+
+class OwnChance:
+    """A generator of its own for each row, told by its key: a row gets the same beside whatever others."""
+
+    def __init__(self, keys: Sequence[Sequence[int]], most: int) -> None:
+        self.numbers_RN = np.stack([np.random.default_rng(list(key)).random(most) for key in keys])
+        self.used_R = np.zeros(len(keys), np.int64)
+
+    def uniform(self, rows_M: np.ndarray) -> np.ndarray:
+        found = self.numbers_RN[rows_M, self.used_R[rows_M]]
+        self.used_R[rows_M] += 1
+        return found
+
+    def integers(self, rows_M: np.ndarray, low: int, high: int) -> np.ndarray:
+        return low + (self.uniform(rows_M) * (high - low)).astype(np.int64)
 
 
 def filtered(rows_MV: np.ndarray, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0) -> np.ndarray:
@@ -144,11 +188,11 @@ def write(sampler: Sampler, tokens: int, seed: int, max_length: int) -> list[Doc
         raise UserError(f"{tokens} tokens to write: it must be 1 or more")
     if max_length < 1:
         raise UserError(f"max_length {max_length}: it must be 1 or more")
-    rng = np.random.default_rng(seed)
+    chance = SharedChance(np.random.default_rng(seed))
     documents: list[Document] = []
     total, mean = 0, _mean_events(sampler.model)
     while total < tokens:
-        wave = _wave(sampler, min(WAVE, int(1.05 * (tokens - total) / mean) + 4), rng, max_length)
+        wave = _wave(sampler, min(WAVE, int(1.05 * (tokens - total) / mean) + 4), chance, max_length)
         ends = total + np.cumsum([len(document) + 1 for document in wave])
         needed = min(len(wave), int(np.searchsorted(ends, tokens)) + 1)
         documents += wave[:needed]
@@ -164,12 +208,16 @@ def _mean_events(model: "NGramModel") -> float:
 
 def sample(sampler: Sampler, prompts: Sequence[Document], seed: int, samples: int, length: int) -> list[list[Document]]:
     """Continue each prompt `samples` times; sample j of prompt i depends on the prompt and (seed, i, j) alone."""
-    model, found = sampler.model, []
-    for index, prompt in enumerate(prompts):
-        history = counting.histories([prompt], model.order, model.vocab_size)
-        keys = [[seed, index, number] for number in range(samples)]
-        found.append([_wave(sampler, 1, np.random.default_rng(key), length, history)[0] for key in keys])
-    return found
+    model = sampler.model
+    keys = [(seed, index, number) for index in range(len(prompts)) for number in range(samples)]
+    most = length * (model.order + 1)  # of each token: whether it stays at every level, and which it is
+    each = max(1, CHANCES // most)
+    written: list[Document] = []
+    for start in range(0, len(keys), each):
+        part = keys[start : start + each]
+        history = counting.histories([prompts[index] for _, index, _ in part], model.order, model.vocab_size)
+        written += _wave(sampler, len(part), OwnChance(part, most), length, history)
+    return [written[index * samples : (index + 1) * samples] for index in range(len(prompts))]
 
 
 def beam(model: "NGramModel", prompts: Sequence[Document], beams: int, length: int) -> list[Document]:
@@ -202,7 +250,7 @@ class _BeamSteps:
 
 
 def _wave(
-    sampler: Sampler, size: int, rng: np.random.Generator, max_length: int, history: np.ndarray | None = None
+    sampler: Sampler, size: int, chance: Chance, max_length: int, history: np.ndarray | None = None
 ) -> list[Document]:
     """`size` documents side by side, after the last tokens in `history` [order - 1, size], or after bos."""
     model = sampler.model
@@ -211,7 +259,7 @@ def _wave(
     alive = np.arange(size)
     history = np.full((model.order - 1, size), BOS, np.int64) if history is None else history
     for step in range(max_length):
-        tokens = sampler.next_tokens(counting.find_contexts(model.levels, history), rng)
+        tokens = sampler.next_tokens(counting.find_contexts(model.levels, history), chance, alive)
         ended = tokens == EOS
         lengths[alive[ended]] = step
         alive, tokens, history = alive[~ended], tokens[~ended], history[:, ~ended]
