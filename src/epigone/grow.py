@@ -82,11 +82,11 @@ def grow(
 
 def _compare_populations(materials: Materials, view: View) -> None:
     """Hold the members of each population against each other, where all are grown and it was not done."""
-    store = materials.store
-    for population in store.lineage.populations if store.lineage.evaluation else ():
+    store, populations = materials.store, materials.store.lineage.populations
+    for number, population in enumerate(populations if store.lineage.evaluation else (), start=1):
         members = [store.lineage[key] for key in population.members]
         if store.population_record(population) is None and all(store.record(node) is not None for node in members):
-            view.stage(f"compare {population.key}")
+            view.stage(f"compare populations, {number} of {len(populations)}")
             store.write_population(population, compared(members, materials))
 
 

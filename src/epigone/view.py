@@ -88,7 +88,12 @@ class Terminal:
 
     def stage(self, name: str, steps: int | None = None) -> None:
         self._stage, self._steps, self._report = name, steps, None
-        self._stage_began = self._said = time.monotonic()
+        self._stage_began = time.monotonic()
+        if self._node is not None:
+            self._said = self._stage_began
+        elif not self.console.is_terminal and self._stage_began - self._said > QUIET_SECONDS:
+            self._said = self._stage_began
+            self.console.print(f"  {name}", highlight=False, soft_wrap=True)
 
     def step(self, report: Any) -> None:
         resumed, self._report = self._report is None and report.step > 1, report
@@ -104,7 +109,7 @@ class Terminal:
     def finish(self, node: Node, record: dict[str, Any]) -> None:
         self._done[node.key] = time.monotonic() - self._began
         self._recent.append((node, record))
-        self._node = None
+        self._node, self._stage = None, ""
         if not self.console.is_terminal:
             done, left = f"{len(self._done)}/{len(self.work)}", clock(self.seconds_left())
             self.console.print(f"{done:>9}  {summary(node, record)}  left {left}", highlight=False, soft_wrap=True)
@@ -128,14 +133,14 @@ class Terminal:
             f"{clock(elapsed)} gone, {clock(left)} left",
         )
         now = Table.grid(padding=(0, 2))
-        if self._node:
+        if self._stage:
             bar = ProgressBar(total=self._steps or 1, completed=self._report.step if self._report else 0, width=32)
             now.add_row(f"[cyan]{self._title()}[/]", bar if self._steps else "", self._progress())
         lines = [f"[green]done[/] {summary(node, record)}" for node, record in self._recent]
         return Group(whole, now, *lines)
 
     def _title(self) -> str:
-        return f"{self._node.key if self._node else ''} {self._stage}"
+        return f"{self._node.key} {self._stage}" if self._node else self._stage
 
     def _progress(self) -> str:
         if self._report is None:
