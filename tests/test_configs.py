@@ -4,7 +4,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from tiny import Silent, shrunk
+from tiny import Silent, few_populations, shrunk
 
 from epigone.grow import grow
 from epigone.lineage import Lineage
@@ -81,13 +81,16 @@ COUNTED = {
     "generations/trigrams": {"seeds": 1, "generations": 2, "tokens": 2_000},
     "sameness": {"seeds": 1, "teacher_tokens": 800, "tokens": 400},
 }
-"""Configs of models that count, which are grown whole, and how small they are made."""
+"""Configs of models that count, which are grown but for most populations, and how small they are made."""
 
 
 @pytest.fixture(scope="module", params=COUNTED)
 def counted(request, tmp_path_factory):
     """A config's name, its lineage and the directory of its run."""
     whole = load_config(CONFIGS / f"{request.param}.py")(**COUNTED[request.param])
+    if whole.populations:
+        kinds = ("t1-d0-m8-c3-r0", "t2-d0.5-m8-c3-r0", "t1-d0.5-m2-c3-r0", "t1-d0.5-m8-c3-r1")
+        whole = few_populations(whole, kinds)
     lineage = shrunk(whole, write_tokens=min(600, whole.evaluation.write_tokens))
     run = tmp_path_factory.mktemp("counted") / "run"
     grow(lineage, run, view=Silent())
@@ -115,16 +118,19 @@ def test_regimes_have_a_curve_each_and_start_where_they_should(counted):
         assert one.generations[0] == 0 or one.regime == "real only"
 
 
-def test_populations_differ_in_one_factor_from_the_usual_one_or_in_teachers_and_dose(counted):
-    name, lineage, run = counted
-    if name != "sameness":
-        return
-    store = Store(run, lineage)
+def test_populations_are_measured(counted):
+    _, lineage, run = counted
+    for population in lineage.populations:
+        metrics = Store(run, lineage).population_record(population)["metrics"]
+        assert 1 <= metrics["effective_models"] <= len(population.members)
+
+
+def test_populations_differ_in_one_factor_from_the_usual_one_or_in_teachers_and_dose():
+    lineage = load_config(CONFIGS / "sameness.py")(seeds=1)
     usual = populations.usual(list(lineage.populations))
     for population in lineage.populations:
         other = {factor for factor, value in population.factors.items() if value != usual[factor]}
         assert len(other) < 2 or other == {"teachers", "dose"}
         assert len(population.members) == population.factors["models"]
-        assert 1 <= store.population_record(population)["metrics"]["effective_models"] <= len(population.members)
-    texts = [lineage[key].lesson.text for key in lineage.populations[-1].members]
-    assert len(set(texts)) == len(texts)
+        texts = [lineage[key].lesson.text for key in population.members]
+        assert len(set(texts)) == len(texts)

@@ -1,6 +1,7 @@
 """Lineages small enough for tests: a few hundred sentences, models of a few thousand weights, a second or two."""
 
 import random
+from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
 
@@ -86,6 +87,18 @@ class Silent:
     def step(self, report: object) -> None: ...
 
     def finish(self, node: Node, record: dict) -> None: ...
+
+
+def few_populations(whole: Lineage, names: Collection[str]) -> Lineage:
+    """The populations of these names, and what is behind their members."""
+    kept = tuple(population for population in whole.populations if population.name in names)
+    wanted = {key for population in kept for key in population.members}
+    waiting = list(wanted)
+    while waiting:
+        parents = {key for key, _ in whole[waiting.pop()].parents} - wanted
+        wanted |= parents
+        waiting += parents
+    return replace(whole, nodes=tuple(node for node in whole.nodes if node.key in wanted), populations=kept)
 
 
 def shrunk(lineage: Lineage, **evaluation: object) -> Lineage:

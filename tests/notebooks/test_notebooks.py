@@ -3,7 +3,6 @@
 import base64
 import struct
 from collections.abc import Callable
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -15,7 +14,7 @@ from jupyter_client.manager import AsyncKernelManager
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
 from report.synthetic_run import quickstart, record, write_run
-from tiny import Silent, shrunk
+from tiny import Silent, few_populations, shrunk
 
 from epigone.grow import grow
 from epigone.lineage import Lineage
@@ -71,20 +70,15 @@ def grown_run(
     return directory / "run"
 
 
-def few_populations(whole: Lineage) -> Lineage:
-    """Those of one and of two teachers, with half of the text theirs and with all of it."""
-    kept = tuple(p for p in whole.populations if p.factors["teachers"] < 3 and p.name.endswith("m8-c3-r0"))
-    members = {key for population in kept for key in population.members}
-    nodes = tuple(node for node in whole.nodes if node.key in members or node.name.startswith("teacher"))
-    return replace(whole, nodes=nodes, populations=kept)
+POPULATIONS = ("t1-d0-m8-c3-r0", "t1-d0.5-m8-c3-r0", "t2-d0.5-m8-c3-r0", "t1-d1-m8-c3-r0", "t2-d1-m8-c3-r0")
 
+
+few = partial(few_populations, names=POPULATIONS)
 
 RUNS = {
     "01_quickstart": small_run,
     "02_collapse": partial(grown_run, config="generations/trigrams", seeds=1, generations=2, tokens=2_000),
-    "03_population": partial(
-        grown_run, config="sameness", few=few_populations, seeds=1, teacher_tokens=800, tokens=400
-    ),
+    "03_population": partial(grown_run, config="sameness", few=few, seeds=1, teacher_tokens=800, tokens=400),
 }
 """Of each notebook a small run that it can read."""
 
