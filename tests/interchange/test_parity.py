@@ -17,7 +17,7 @@ from epigone.interchange.weight_files import open_weights
 from epigone.models import decoder
 from epigone.models.config import DecoderConfig
 from epigone.models.language_model import Specials
-from epigone.sampling.decode import sample
+from epigone.sampling.decode import DecoderLanguageModel, sample
 
 SPECIALS = Specials(pad=0, bos=1, eos=2, unk=None, never=())
 WIDTH = 14
@@ -123,6 +123,19 @@ def test_greedy_text_is_that_of_transformers(pair):
     found = sample(pair.config, pair.params, prompts, seed=0, length=24, top_k=1, slots=4)
     for prompt, (written,) in zip(prompts, found, strict=True):
         assert written.tokens.tolist() == greedy(pair.reference, [SPECIALS.bos, *prompt.tolist()], 24)
+
+
+@pytest.mark.parametrize("pair", ["llama3", "gpt2"], indirect=True)
+def test_a_beam_search_is_that_of_transformers(pair):
+    """Of transformers the best of what its search keeps, length normalised; the models are random, so few texts end."""
+    prompts = [np.array(ids, np.int32) for ids in ([7, 99, 130], [50, 4, 17, 3, 88, 61], [12], [20, 9])]
+    model = DecoderLanguageModel(pair.config, pair.params)
+    for beams, length in ((2, 6), (4, 9)):
+        ends = {"eos_token_id": SPECIALS.eos, "pad_token_id": SPECIALS.pad, "do_sample": False}
+        for prompt, found in zip(prompts, model.beam(prompts, beams=beams, length=length), strict=True):
+            ids = torch.tensor([[SPECIALS.bos, *prompt.tolist()]])
+            theirs = pair.reference.generate(ids, num_beams=beams, max_new_tokens=length, length_penalty=1.0, **ends)
+            assert found.tolist() == [t for t in theirs[0, ids.shape[1] :].tolist() if t > SPECIALS.eos]
 
 
 def greedy(model: Any, ids: list[int], length: int) -> list[int]:
