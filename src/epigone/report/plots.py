@@ -35,8 +35,8 @@ DIVERSITY = {
     "information_1": "what a word tells of the next, nats",
     "information_4": "what it tells of the fourth, nats",
     "sentence_length": "length of a text, words",
-    "real_perplexity": "perplexity of its text under generation 0",
-    "judge_bits_per_byte": "bits a byte of its text, under a judge",
+    "real_perplexity": "its text to generation 0: perplexity",
+    "judge_bits_per_byte": "its text to the judge: bits a byte",
 }
 
 THEORY = "theory"
