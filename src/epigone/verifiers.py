@@ -61,7 +61,7 @@ def verification(
     `kept_of_written` (psi): share of the candidates that was kept. `kept_of_real` (phi): share of held-out real
     documents that keeps the rule and has at least the score from which one was kept. `label_error_threshold`: p* = 1 /
     (1 + psi / phi), the error of labels up to which so chosen data would teach a linear model the truth (Feng et al.
-    2024); above 1/2 the choice helps. Absent where no real document would be kept.
+    2024); above 1/2 the choice helps.
     """
     written = tally.kept / max(1, tally.drawn)
     standing = [document for document in real[:MOST_REAL] if holds is None or holds(document)]
@@ -70,8 +70,8 @@ def verification(
     else:
         passed = len(standing)
     kept = passed / max(1, len(real[:MOST_REAL]))
-    told = {"kept_of_written": written, "kept_of_real": float(kept)}
-    return told | ({"label_error_threshold": verification_threshold(kept, written)} if kept else {})
+    threshold = verification_threshold(kept, written) if kept else 0.0
+    return {"kept_of_written": written, "kept_of_real": float(kept), "label_error_threshold": threshold}
 
 
 def ends_as_a_sentence(text: str) -> bool:
