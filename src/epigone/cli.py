@@ -40,13 +40,17 @@ Place = Annotated[
 
 @dataclass(frozen=True)
 class Report:
-    """Write the report of a run: report.html, results.json, results.csv and plots.
+    """Write the report of a run, or of several on one page: report.html, results.json, results.csv and plots.
 
     Attributes:
         run: the run directory.
+        beside: other run directories, which are shown beside it.
+        to: the folder where the report is written; by default the run directory.
     """
 
     run: tyro.conf.Positional[Place]
+    beside: tuple[Place, ...] = ()
+    to: Place | None = None
 
 
 def _run(arguments: list[str]) -> None:
@@ -97,7 +101,8 @@ def _export(arguments: list[str]) -> None:
 def _report(arguments: list[str]) -> None:
     from epigone.report import write_report
 
-    print(f"report: {write_report(parse(Report, arguments, 'epigone report').run)}")
+    given = parse(Report, arguments, "epigone report")
+    print(f"report: {write_report(given.run, given.beside, given.to)}")
 
 
 VERBS: dict[str, tuple[str, Callable[[list[str]], None]]] = {
@@ -111,7 +116,7 @@ VERBS: dict[str, tuple[str, Callable[[list[str]], None]]] = {
         _evaluate,
     ),
     "export": ("Write a node as a Hugging Face folder, with a model card.", _export),
-    "report": ("Write the report of a run: one page, plots, JSON and CSV.", _report),
+    "report": ("Write the report of runs: one page, plots, JSON and CSV.", _report),
 }
 """Verb -> what it does, and the function that takes its arguments. What a verb needs is imported when it is called."""
 

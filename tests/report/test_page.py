@@ -8,6 +8,7 @@ from urllib.parse import unquote
 import pytest
 from report.synthetic_run import HOSTILE, quickstart, record, write_run
 
+from epigone.errors import UserError
 from epigone.report import write_report
 from epigone.report.records import load_run
 
@@ -233,6 +234,36 @@ def test_writing_again_replaces_and_leaves_nothing_behind(tmp_path):
     assert first == second
     assert {path.name for path in run.iterdir()} == {
         "lineage.json", "nodes", "plots", "report.html", "results.json", "results.csv"}  # fmt: skip
+
+
+def test_several_runs_stand_on_one_page(tmp_path):
+    for name, generations in (("one", 2), ("other", 3)):
+        entries = quickstart(generations, 2)
+        write_run(tmp_path / name, entries, [record(entry) for entry in entries])
+    page = write_report(tmp_path / "one", [tmp_path / "other"], tmp_path / "both")
+    html = page.read_text()
+    assert page == tmp_path / "both" / "report.html"
+    found = Page(html)
+    assert found.open == []
+    assert len(found.ids) == len(set(found.ids))
+    assert {"node-one/student@1.s1", "node-other/trigram-replace@3"} <= set(found.ids)
+    beside = [unquote(link) for link in found.links if link.endswith("record.json")]
+    assert len(beside) == sum(len(quickstart(g, 2)) for g in (2, 3))
+    assert all((tmp_path / "both" / link).resolve().is_file() for link in beside)
+    alone = write_report(tmp_path / "one").read_text()
+    assert html.count('class="verdict') == 2 * alone.count('class="verdict') == 2
+    rows = [row for row in html.split("<tr>") if 'scope="row">one/student@1<' in row]
+    assert rows
+    assert re.search(r"0\.[567]\d* ?\(", rows[0])  # agreement with the teacher
+
+
+def test_several_runs_need_a_folder_and_names_of_their_own(tmp_path):
+    run = write_run(tmp_path / "a" / "run", quickstart(1, 1), [])
+    same = write_run(tmp_path / "b" / "run", quickstart(1, 1), [])
+    with pytest.raises(UserError, match="a report of 2 runs belongs to none of them: name a folder with --to"):
+        write_report(run, [same])
+    with pytest.raises(UserError, match="two runs are called 'run'"):
+        write_report(run, [same], tmp_path / "c")
 
 
 if CHROMIUM:  # Elsewhere the page is checked as text alone.

@@ -1,16 +1,18 @@
 """The report of a run: one page that opens from disk, the same numbers as JSON and CSV, and the plots as PNG files."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
+from epigone.errors import UserError
 from epigone.report import populations, reading, sections
 from epigone.report.explorer import exploration
 from epigone.report.formats import probability
 from epigone.report.graph import lineage_svg
 from epigone.report.plots import draw_all
-from epigone.report.records import Run, load_run
+from epigone.report.records import Run, joined, load_run
 from epigone.report.summaries import Comparison, Series, comparisons, generation_series
 from epigone.report.tables import results_csv, results_json
 from epigone.storage.places import write_whole
@@ -18,27 +20,32 @@ from epigone.storage.places import write_whole
 HERE = Path(__file__).parent
 
 
-def write_report(run: Path) -> Path:
-    """Write RUN/report.html, results.json, results.csv and plots/*.png from RUN's lineage and records.
+def write_report(run: Path, beside: Sequence[Path] = (), to: Path | None = None) -> Path:
+    """Write report.html, results.json, results.csv and plots/*.png from lineages and records.
 
     Nodes without a record are shown as pending; records of no node in the lineage are ignored.
 
     Args:
         run: the directory of a run, with lineage.json and nodes/*/record.json.
+        beside: other runs that are shown on the same page; names are told apart by those of the directories.
+        to: the folder that is written to; by default the run's.
 
     Returns:
         The path of report.html, which needs no other file.
 
     Raises:
-        UserError: the directory holds no lineage.
-        Fault: the lineage or a record is damaged.
+        UserError: a directory holds no lineage; several runs and no folder, or runs of one name.
+        Fault: a lineage or a record is damaged.
     """
-    loaded = load_run(run)
+    if beside and to is None:
+        raise UserError(f"a report of {1 + len(beside)} runs belongs to none of them: name a folder with --to")
+    folder = to or run
+    loaded = joined([run, *beside], folder) if beside else load_run(run, folder)
     series, compared = generation_series(loaded), comparisons(loaded)
-    figures = draw_all(loaded, series, compared, run / "plots")
-    _replace(run / "results.json", results_json(loaded, series, compared))
-    _replace(run / "results.csv", results_csv(loaded))
-    page = run / "report.html"
+    figures = draw_all(loaded, series, compared, folder / "plots")
+    _replace(folder / "results.json", results_json(loaded, series, compared))
+    _replace(folder / "results.csv", results_csv(loaded))
+    page = folder / "report.html"
     _replace(page, render(loaded, series, compared, figures))
     return page
 

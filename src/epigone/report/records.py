@@ -17,7 +17,9 @@ optional strings:
 
 import json
 import math
-from dataclasses import dataclass, field
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -67,6 +69,11 @@ class Node:
     def group(self) -> str:
         """The name at its generation: what the seeds of one recipe share."""
         return f"{self.name}@{self.generation}"
+
+    @property
+    def own_key(self) -> str:
+        """The key in the node's own run, also where runs are joined."""
+        return self.key.rpartition("/")[2]
 
     @property
     def reads_real_text(self) -> bool:
@@ -138,8 +145,37 @@ def finite(value: Any) -> float | None:
     return result if result is not None and math.isfinite(result) else None
 
 
-def load_run(directory: Path) -> Run:
-    """Read `lineage.json` and the records that belong to it.
+def joined(directories: Sequence[Path], folder: Path) -> Run:
+    """Several runs as one, for a report in a folder: keys, names and families begin with the run directory's name.
+
+    Raises:
+        UserError: two directories have one name, or one holds no lineage.
+        Fault: a lineage or a record is not readable JSON.
+    """
+    names = [directory.name for directory in directories]
+    if double := next((name for name in names if names.count(name) > 1), None):
+        raise UserError(f"two runs are called '{double}': rename one directory, so that their nodes can be told apart")
+    runs = [load_run(directory, folder) for directory in directories]
+    nodes = [_renamed(node, name) for name, run in zip(names, runs, strict=True) for node in run.nodes]
+    populations = [
+        replace(one, key=f"{name}/{one.key}", members=tuple(f"{name}/{key}" for key in one.members))
+        for name, run in zip(names, runs, strict=True)
+        for one in run.populations
+    ]
+    told = " ".join(f"{name}: {run.description}" for name, run in zip(names, runs, strict=True))
+    return Run(" and ".join(names), told, runs[0].version, tuple(nodes), tuple(populations))
+
+
+def _renamed(node: Node, run: str) -> Node:
+    """A node of a run among those of others."""
+    named = {"family": f"{run} · {node.family}", "regime": node.regime if "regime" in node.labels else ""}
+    labels = {**node.labels, **{name: value for name, value in named.items() if value}}
+    parents = tuple(Parent(f"{run}/{parent.key}", parent.role) for parent in node.parents)
+    return replace(node, key=f"{run}/{node.key}", name=f"{run}/{node.name}", parents=parents, labels=labels)
+
+
+def load_run(directory: Path, folder: Path | None = None) -> Run:
+    """Read `lineage.json` and the records that belong to it; their paths are from `folder`, by default the directory.
 
     Raises:
         UserError: there is no lineage in the directory.
@@ -149,7 +185,7 @@ def load_run(directory: Path) -> Run:
     if not path.is_file():
         raise UserError(f"no lineage.json in '{directory}': give the directory of a run, or grow it with `epigone run`")
     lineage = _read_object(path)
-    records = _read_records(directory)
+    records = _read_records(directory, folder or directory)
     try:
         nodes = tuple(_node(entry, records) for entry in lineage["nodes"])
         populations = tuple(_population(entry, directory) for entry in lineage.get("populations") or ())
@@ -174,11 +210,13 @@ def _read_object(path: Path) -> dict[str, Any]:
     return value
 
 
-def _read_records(directory: Path) -> Records:
+def _read_records(directory: Path, folder: Path) -> Records:
     records: Records = {}
     for path in sorted(directory.glob("nodes/*/record.json")):
         record = _read_object(path)
-        records[str(record.get("key")), str(record.get("identity"))] = (record, path.relative_to(directory).as_posix())
+        inside = path.is_relative_to(folder)
+        place = path.relative_to(folder).as_posix() if inside else Path(os.path.relpath(path, folder)).as_posix()
+        records[str(record.get("key")), str(record.get("identity"))] = (record, place)
     return records
 
 

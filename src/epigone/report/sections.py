@@ -139,7 +139,8 @@ def compared_table(run: Run, one: Comparison) -> list[tuple[str, list[str]]]:
 
 
 def _agreement(node: Node, one: Comparison) -> float | None:
-    values = (number(node.get("agreement", {}).get(teacher.key, {}).get("top1")) for teacher in one.teachers)
+    told = node.get("agreement", {})
+    values = (number(told.get(teacher.own_key, {}).get("top1")) for teacher in one.teachers)
     return next((value for value in values if value is not None), None)
 
 
