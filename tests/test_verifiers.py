@@ -14,10 +14,14 @@ from epigone.data.tokenizers import Bytes, Words
 from epigone.evaluate import diversity
 from epigone.families import chain
 from epigone.grow import grow, pending
+from epigone.lessons.objective import TEXT_ALONE
 from epigone.lineage import Evaluation, Lesson, Lineage, Node, Text, TrainedTokenizer, Written
 from epigone.materials import Materials
+from epigone.models.config import DecoderConfig
 from epigone.models.ngram import NGram
 from epigone.store import Store
+from epigone.training.config import Training
+from epigone.training.optimizer import Optimizer
 from epigone.verifiers import RealOrWritten, does_not_stutter, ends_as_a_sentence, verification
 from epigone.writing import Tally
 
@@ -139,3 +143,20 @@ def test_a_judge_of_other_origin_reads_what_everybody_writes(tmp_path):
     assert "judge_bits_per_byte" not in Store(tmp_path / "late", late).record(root)["metrics"]
     grow(late, tmp_path / "late", view=Silent())
     assert Store(tmp_path / "late", late).record(root)["metrics"]["judge_bits_per_byte"] == bits["root"]
+
+
+def test_a_judge_that_is_a_decoder_looks_at_what_texts_mean_too(tmp_path):
+    corpus = TextFiles(str(tiny.write_corpus(tmp_path, 1_000)))
+    words = TrainedTokenizer(Words(lowercase=True), Text(corpus))
+    training = Training(steps=20, batch_size=8, sequence_length=32, optimizer=Optimizer(learning_rate=1e-2))
+    lesson = Lesson((Text(corpus),), objective=TEXT_ALONE, training=training)
+    judge = Node("judge", 0, DecoderConfig(layers=1, model_size=32, heads=2, max_length=64), words, lesson)
+    root = Node("root", 0, NGram(order=3), words, Lesson((Text(corpus, tokens=4_000),)))
+    noise = Node("noise", 0, NGram(order=1), words, Lesson((Text(corpus, tokens=200),)))
+    evaluation = Evaluation(Text(corpus, "test"), Text(corpus), write_tokens=1_000, contexts=20, judge="judge@0")
+    lineage = Lineage("judged", (judge, root, noise), evaluation)
+    grow(lineage, tmp_path / "run", view=Silent())
+    told = {node.name: Store(tmp_path / "run", lineage).record(node)["metrics"] for node in lineage.nodes}
+    assert told["root"]["judge_mauve"] > told["noise"]["judge_mauve"]
+    assert 1 < told["root"]["judge_vendi"] < 100
+    assert "judge_mauve" not in told["judge"]

@@ -2,7 +2,9 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
 
 from epigone import evaluate, theory
 from epigone.errors import UserError
@@ -10,8 +12,16 @@ from epigone.evaluate import quality
 from epigone.evaluate.sameness import sameness
 from epigone.lineage import Evaluation, Node
 from epigone.materials import Materials, longest, seed_of
-from epigone.models.language_model import MAX_LENGTH
+from epigone.models.language_model import MAX_LENGTH, Document
 from epigone.view import View
+
+
+@runtime_checkable
+class Embeds(Protocol):
+    """A model that makes vectors of documents."""
+
+    def embed(self, documents: Sequence[Document]) -> np.ndarray: ...
+
 
 JUDGED = 100
 """Documents that the evaluation's judge reads of each node: it may be a large model."""
@@ -99,15 +109,26 @@ def _measure_writing(
 
 
 def _judged(texts: list[str], node: Node, evaluation: Evaluation, materials: Materials) -> dict[str, float]:
-    """`judge_bits_per_byte`: what texts cost the evaluation's judge, ends not counted; absent where it is not grown."""
+    """What the evaluation's judge says of texts; nothing where it is not grown.
+
+    `judge_bits_per_byte`: what they cost it, ends not counted. Of a decoder also `judge_vendi` and `judge_mauve`, of
+    its embeddings of them, against as many held-out real texts.
+    """
     judge = materials.store.lineage[evaluation.judge] if evaluation.judge else node
     texts = [text for text in texts if text]
     if judge.key == node.key or not texts or materials.store.record(judge) is None:
         return {}
-    read = materials.tokenizer(judge.tokenizer).encode_batch(texts)
-    found = quality.likelihood(materials.model(judge), read)
+    model, tokenizer = materials.model(judge), materials.tokenizer(judge.tokenizer)
+    read = tokenizer.encode_batch(texts)
+    found = quality.likelihood(model, read)
     within = replace(found, nats_M=found.nats_M - found.end_nats_M)
-    return {"judge_bits_per_byte": quality.bits_per_byte(within, [len(text.encode()) for text in texts])}
+    metrics = {"judge_bits_per_byte": quality.bits_per_byte(within, [len(text.encode()) for text in texts])}
+    if not isinstance(model, Embeds):
+        return metrics
+    decode = materials.tokenizer(node.tokenizer).decode
+    like = [decode(ids) for ids in materials.documents(evaluation.text, node.tokenizer)[: len(texts)]]
+    real_MD, written_MD = (model.embed(documents) for documents in (tokenizer.encode_batch(like), read))
+    return metrics | evaluate.embedding_metrics(real_MD, written_MD, "judge")
 
 
 def _compared(node: Node, materials: Materials) -> list[Node]:

@@ -11,6 +11,7 @@ from flax import nnx
 from epigone.models.decoder import abstract, init, structure
 from epigone.models.sharding import Sharding, make_mesh
 from epigone.sampling import greedy, scores
+from epigone.sampling.decode import DecoderLanguageModel
 from epigone.sampling.scores import fitting_chunk, fitting_rows, next_scores, target_scores, windows_of, windows_scores
 
 TEXTS = [np.random.default_rng(n).integers(3, 37, n).astype(np.int32) for n in (0, 1, 39, 20, 31, 32, 5)]
@@ -104,3 +105,16 @@ def test_next_tokens_are_scored_in_no_more_rows_than_are_asked_for(monkeypatch):
     next_scores(config, Sharding(), params, TEXTS * 5)
     assert [B for B, _ in shapes] == [1] * 7 + [32, 4]
     np.testing.assert_allclose(alone, whole, atol=1e-5)
+
+
+def test_an_embedding_is_the_mean_of_the_last_states_whatever_stands_beside_it():
+    model = DecoderLanguageModel(LLAMA, spread_params(LLAMA))
+    documents = [np.array(d, np.int32) for d in ([], [5], [7, 9, 4], [8] * 12, [3, 4, 5, 6, 7, 8, 9, 10, 11])]
+    together = model.embed(documents)
+    assert together.shape == (5, LLAMA.model_size)
+    for document, found in zip(documents, together, strict=True):
+        np.testing.assert_allclose(model.embed([document])[0], found, rtol=1e-5, atol=1e-6)
+        read = np.r_[LLAMA.specials.bos, document][None]
+        decoder = nnx.merge(structure(LLAMA, Sharding()), model.params)
+        states = decoder(read, np.arange(read.shape[1])[None], np.ones_like(read))
+        np.testing.assert_allclose(found, np.asarray(states)[0].mean(axis=0), rtol=1e-4, atol=1e-5)

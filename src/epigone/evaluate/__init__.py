@@ -21,6 +21,7 @@ __all__ = [
     "Contexts",
     "NGramIndex",
     "compare_models",
+    "embedding_metrics",
     "evaluate_model",
     "evaluate_text",
     "evaluation_contexts",
@@ -169,6 +170,19 @@ def _alike(documents: Sequence[Document], like: Sequence[Document] | None) -> di
         return metrics
     real, written = (similarity.word_features(part, MAUVE_WIDTH).toarray() for part in (like, documents))
     return metrics | {"mauve": similarity.mauve(real, written)}
+
+
+def embedding_metrics(real_MD: np.ndarray, written_MD: np.ndarray, name: str) -> dict[str, float]:
+    """`NAME_vendi` and `NAME_mauve` of embeddings of written documents, against as many of real ones.
+
+    The real ones' mean is taken off all of them first: states of a language model point all in one direction.
+    """
+    centre_D = real_MD.mean(axis=0)
+    real, written = real_MD - centre_D, written_MD - centre_D
+    norms = np.linalg.norm(written, axis=1, keepdims=True)
+    directions = written / np.where(norms > 0, norms, 1.0)
+    found = {"vendi": similarity.vendi(directions @ directions.T), "mauve": similarity.mauve(real, written)}
+    return _present({f"{name}_{measure}": value for measure, value in found.items()})
 
 
 def union_metrics(texts: Sequence[Sequence[Document]], vocab_size: int) -> dict[str, float]:

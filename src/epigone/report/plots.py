@@ -37,6 +37,8 @@ DIVERSITY = {
     "sentence_length": "length of a text, words",
     "real_perplexity": "its text to generation 0: perplexity",
     "judge_bits_per_byte": "its text to the judge: bits a byte",
+    "judge_vendi": "Vendi by the judge: texts of 100",
+    "judge_mauve": "MAUVE by the judge: like real text",
 }
 
 THEORY = "theory"

@@ -17,7 +17,7 @@ from epigone.models.language_model import MAX_LENGTH, Document, Specials
 from epigone.models.sharding import Sharding, batch_parts
 from epigone.sampling.beam import beam_search
 from epigone.sampling.loop import IDLE, Drawn, Knobs, Prepared, Until, decode, prepare, start_empty, switches
-from epigone.sampling.scores import bucket, next_scores, windows_of, windows_scores
+from epigone.sampling.scores import bucket, embeddings, next_scores, windows_of, windows_scores
 from epigone.sampling.slots import CHUNK, Piece, Work, pieces, round_up
 
 SLOTS = 128
@@ -95,6 +95,10 @@ class DecoderLanguageModel:
     def next_log_probs(self, contexts: Sequence[Document]) -> np.ndarray:
         """Log-probabilities [contexts, vocab_size] of the token after bos + context, or after its last max_length."""
         return next_scores(self.config, self.sharding, self.params, contexts)
+
+    def embed(self, documents: Sequence[Document]) -> np.ndarray:
+        """What the model makes of each document: the mean of its last layer's states, float32 [documents, D]."""
+        return embeddings(self.config, self.sharding, self.params, documents)
 
     def write(
         self,

@@ -89,6 +89,24 @@ def windows_scores(
                 yield window, scores_BT[b, lengths_B[b] - window.scored : lengths_B[b]]
 
 
+def embeddings(config: DecoderConfig, sharding: Sharding, params: Any, documents: Sequence[Document]) -> np.ndarray:
+    """Mean over bos + each document of the last layer's states, float32 [documents, D]; of a long one the beginning."""
+    found = np.zeros((len(documents), config.model_size), np.float32)
+    by_length: dict[int, list[int]] = {}
+    for index, document in enumerate(documents):
+        by_length.setdefault(min(bucket(len(document) + 1), config.max_length), []).append(index)
+    for T, group in sorted(by_length.items()):
+        rows = fitting_rows(config, sharding, T, 1)
+        for start in range(0, len(group), rows):
+            part = group[start : start + rows]
+            tokens_BT, lengths_B = np.full((rows, T), config.specials.pad, np.int32), np.ones(rows, np.int32)
+            for b, index in enumerate(part):
+                read = np.r_[config.specials.bos, documents[index]][:T]
+                tokens_BT[b, : len(read)], lengths_B[b] = read, len(read)
+            found[part] = np.asarray(_mean_state(config, sharding, params, tokens_BT, lengths_B))[: len(part)]
+    return found
+
+
 def next_scores(config: DecoderConfig, sharding: Sharding, params: Any, contexts: Sequence[Document]) -> np.ndarray:
     """Log-probabilities [contexts, V] of the next token; of a long context the last max_length tokens are read."""
     out = np.zeros((len(contexts), config.vocab_size or 0), np.float32)
@@ -169,6 +187,15 @@ def _score(
     """Log-probability of each target [B, T]."""
     model, hidden_BTD = _hidden(config, sharding, params, tokens_BT, lengths_B)
     return target_scores(model, chunk, hidden_BTD, placed(targets_BT, sharding.activation("BT")))[0]
+
+
+@partial(jax.jit, static_argnames=("config", "sharding"))
+def _mean_state(config: DecoderConfig, sharding: Sharding, params: Any, tokens_BT, lengths_B) -> jax.Array:
+    """Mean of the hidden states of each row's tokens [B, D]."""
+    _, hidden_BTD = _hidden(config, sharding, params, tokens_BT, lengths_B)
+    read_BT = placed(jnp.arange(tokens_BT.shape[1]) < lengths_B[:, None], sharding.activation("BT"))
+    sums_BD = jnp.sum(jnp.where(read_BT[..., None], hidden_BTD, 0), axis=1, dtype=jnp.float32)
+    return sums_BD / lengths_B[:, None]
 
 
 @partial(jax.jit, static_argnames=("config", "sharding"))
