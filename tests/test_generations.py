@@ -20,7 +20,8 @@ NAMES = {"trigram", "replace", "accumulate", "subsample", "fresh", "real", "nois
 def curves(tmp_path_factory):
     """(family, regime) -> perplexity at each generation, of one seed."""
     whole = load_config(CONFIG)(seeds=1)
-    evaluation = replace(whole.evaluation, write_tokens=0, contexts=50)
+    few = replace(whole.evaluation.text, tokens=10_000)
+    evaluation = replace(whole.evaluation, text=few, write_tokens=0, contexts=20)
     lineage = replace(whole, nodes=tuple(n for n in whole.nodes if n.name in NAMES), evaluation=evaluation)
     run = tmp_path_factory.mktemp("generations") / "run"
     grow(lineage, run, view=Silent())

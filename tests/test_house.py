@@ -55,7 +55,7 @@ MAY_IMPORT = {
     },
     "writing": {"errors", "lineage", "models"},
     "measure": {"errors", "lineage", "materials", "evaluate", "models", "theory", "view"},
-    "theory": {"lineage", "materials", "evaluate", "models", "writing"},
+    "theory": {"identity", "lineage", "materials", "evaluate", "models", "writing"},
     "verifiers": {"lineage", "evaluate", "models", "writing"},
     "models": {"devices", "errors", "identity"},
     "interchange": {"errors", "models", "storage"},

@@ -19,7 +19,10 @@ def metrics(tmp_path_factory):
     """Metrics by regime and generation, one seed."""
     whole = load_config(CONFIG)(seeds=1)
     trigrams = tuple(node for node in whole.nodes if node.name.startswith("trigram"))
-    lineage = dataclasses.replace(whole, nodes=trigrams, evaluation=dataclasses.replace(whole.evaluation, compare={}))
+    few = dataclasses.replace(whole.evaluation.text, tokens=15_000)
+    measured = {"text": few, "write_tokens": 4_000, "contexts": 50, "compare": {}}
+    evaluation = dataclasses.replace(whole.evaluation, **measured)
+    lineage = dataclasses.replace(whole, nodes=trigrams, evaluation=evaluation)
     run = tmp_path_factory.mktemp("quickstart") / "run"
     grow(lineage, run, view=Silent())
     store = Store(run, lineage)

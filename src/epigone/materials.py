@@ -1,10 +1,12 @@
 """From configs to things: tokenizers, documents and models of a run, each made once and remembered."""
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from epigone import verifiers
 from epigone.data import corpora
@@ -28,6 +30,9 @@ KEPT_MODELS = 4
 SAMPLING = ("temperature", "top_k", "top_p", "max_length")
 """Fields of a written text that say how a model samples."""
 
+KEPT_COUNTS = 256
+"""Arrays of counts that stay in memory: megabytes together, of texts of a laptop's size."""
+
 KEPT_INDICES = 8
 """Indices of n-grams that stay in memory."""
 
@@ -40,6 +45,7 @@ class Materials:
         self._encoded: dict[tuple[str, str], list[Document]] = {}
         self._indices: OrderedDict[str, NGramIndex] = OrderedDict()
         self._tokenizers: dict[str, Tokenizer] = {}
+        self._made: OrderedDict[tuple[str, ...], np.ndarray] = OrderedDict()
         self._sizes: dict[str, list[int] | None] = {}
         self._models: OrderedDict[str, LanguageModel] = OrderedDict()
 
@@ -87,6 +93,15 @@ class Materials:
         if isinstance(source, Text) and whole != source:
             return corpora.slice_documents(self._encoded[name], source.skip, source.tokens)
         return self._encoded[name]
+
+    def once(self, name: tuple[str, ...], make: Callable[[], np.ndarray]) -> np.ndarray:
+        """What was made under this name, or is now: a text that many generations read is counted once."""
+        if name not in self._made:
+            self._made[name] = make()
+            while len(self._made) > KEPT_COUNTS:
+                self._made.popitem(last=False)
+        self._made.move_to_end(name)
+        return self._made[name]
 
     def byte_counts(self, source: Text, config: TokenizerConfig) -> list[int] | None:
         """UTF-8 bytes of each document of a real text; None where the tokenizer loses some of it.

@@ -10,6 +10,7 @@ import numpy as np
 
 from epigone.evaluate import collapse_theory
 from epigone.evaluate.collapse_theory import Block
+from epigone.identity import fingerprint
 from epigone.lineage import Node, Text, Written
 from epigone.materials import Materials
 from epigone.models.ngram import NGram
@@ -88,9 +89,13 @@ def _watched(counts_V: np.ndarray) -> list[int]:
 
 def _left(node: Node, first: Node, materials: Materials) -> Measures:
     """How many of the first text's n-grams are in the text that a node learned."""
-    index = materials.index(first.lesson.text, node.tokenizer)
-    documents = [materials.documents(source, node.tokenizer) for source in node.lesson.text]
-    found = {name: [index.ranks(source, n) for source in documents] for n, name in enumerate(LEFT, start=1)}
+    index, start = materials.index(first.lesson.text, node.tokenizer), fingerprint(first.lesson.text)
+
+    def present(source: Source, n: int) -> np.ndarray:
+        name = ("present", start, fingerprint([source, node.tokenizer]), str(n))
+        return materials.once(name, lambda: np.unique(index.ranks(materials.documents(source, node.tokenizer), n)))
+
+    found = {name: [present(source, n) for source in node.lesson.text] for n, name in enumerate(LEFT, start=1)}
     return {name: float(np.count_nonzero(np.unique(np.concatenate(ranks)) >= 0)) for name, ranks in found.items()}
 
 
@@ -100,6 +105,10 @@ def _counts(node: Node, materials: Materials) -> np.ndarray:
 
 
 def _count(source: Source, node: Node, materials: Materials) -> np.ndarray:
+    return materials.once(("counts", fingerprint([source, node.tokenizer])), lambda: _counted(source, node, materials))
+
+
+def _counted(source: Source, node: Node, materials: Materials) -> np.ndarray:
     tokenizer, documents = materials.tokenizer(node.tokenizer), materials.documents(source, node.tokenizer)
     tokens = np.concatenate([np.zeros(0, np.int32), *documents])
     counts_V = np.bincount(tokens, minlength=tokenizer.size).astype(np.float64)
