@@ -8,7 +8,7 @@ Why      Hinton et al. 2015: scores carry what a text of this size lacks. Mirzad
          between teacher and student can help. Furlanello et al. 2018 (1805.04770): students of one size can pass their
          teachers. Against `replace` these chains need not collapse: real text and a stronger teacher hold them.
 Command  epigone run configs/generations/ladder.py
-Cost     About six minutes on two CPU cores.
+Cost     About eight minutes on two CPU cores.
 Expect   Smaller students are worse than larger ones, and at every size taught by scores is better than alone.
 """
 
