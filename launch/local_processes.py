@@ -17,8 +17,9 @@ import subprocess
 import sys
 import threading
 
-TELL_SECONDS, GRACE_SECONDS = 3, 20
-"""When one process has failed, the others have so long to say who is missing, and to stop before they are killed."""
+TELL_SECONDS, GRACE_SECONDS = 12, 20
+"""When one process has failed, the others have so long to say who is missing (by default they know after four beats of
+two seconds that are missed, and then end), and to stop before they are killed."""
 
 
 def main() -> int:

@@ -5,6 +5,7 @@ alive, how far it is and where in the code it stands, and reads what others writ
 Time is that of the reader's own clock, so the clocks of hosts need not agree.
 """
 
+import contextlib
 import ctypes
 import json
 import os
@@ -89,7 +90,12 @@ class Watchdog:
         return found and self._without_coordinator(found)
 
     def lost(self, error: BaseException) -> str | None:
-        """The line on who is gone, after a collective has failed in the main thread; None where all are alive."""
+        """The line on who is gone, after a collective has failed in the main thread; None where all are alive.
+
+        It ends within seconds, and the process with it: SIGTERM, by which a launcher ends who is left, may wait for it.
+        """
+        with contextlib.suppress(ValueError):  # not in the main thread
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
         trace = error.__traceback__
         while trace is not None and trace.tb_next is not None:
             trace = trace.tb_next
