@@ -65,8 +65,8 @@ def folder(tmp_path):
     return tmp_path
 
 
-def start(folder, run):
-    command = [sys.executable, "-m", "epigone", "run", "sweep.py", "--run", f"runs/{run}"]
+def start(folder, run, *more):
+    command = [sys.executable, "-m", "epigone", "run", "sweep.py", "--run", f"runs/{run}", *more]
     return subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
@@ -79,23 +79,34 @@ def results(folder, run):
     return nodes, {path.name: json.loads(path.read_text()) for path in sorted(place.glob("populations/*.json"))}
 
 
-def test_a_sweep_that_is_killed_again_and_again_ends_the_same(folder):
+@pytest.fixture
+def wanted(folder):
+    """What an undisturbed run of one process gives."""
     undisturbed = start(folder, "whole")
     assert undisturbed.wait(timeout=240) == 0, undisturbed.stderr.read()
-    wanted = results(folder, "whole")
-    assert len(wanted[0]) == 2 * 12
-    assert len(wanted[1]) == 2
+    found = results(folder, "whole")
+    assert len(found[0]) == 2 * 12
+    assert len(found[1]) == 2
+    return found
+
+
+@pytest.mark.parametrize(
+    ("more", "shares"),
+    [((), (0.1, 0.4, 0.8)), (("--jobs", "2"), (0.5,))],
+    ids=["one process", "two beside each other"],
+)
+def test_a_sweep_that_is_killed_again_and_again_ends_the_same(folder, wanted, more, shares):
     chance, killed = random.Random(3), 0
-    for share in (0.1, 0.4, 0.8):
-        process = start(folder, "killed")
+    for share in shares:
+        process = start(folder, "killed", *more)
         while process.poll() is None and len(results(folder, "killed")[0]) < share * len(wanted[0]):
             time.sleep(0.02)
         time.sleep(0.2 * chance.random())
         if process.poll() is None:
             process.send_signal(signal.SIGKILL)
             killed += process.wait() == -signal.SIGKILL
-    assert killed == 3
-    last = start(folder, "killed")
+    assert killed == len(shares)
+    last = start(folder, "killed", *more)
     assert last.wait(timeout=240) == 0, last.stderr.read()
     assert results(folder, "killed") == wanted
     assert "nothing to grow" not in last.stdout.read()

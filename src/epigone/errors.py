@@ -5,6 +5,10 @@ class UserError(Exception):
     """What the user gave cannot be used: what, which value, what to do. Exit code 2."""
 
 
+class Busy(UserError):
+    """Another process is at the same work."""
+
+
 class Fault(Exception):
     """The run could not go on: a full disk, a damaged file, a loss that is not a number. Exit code 1."""
 

@@ -62,25 +62,31 @@ def grow(
         materials = Materials(store)
         nodes = [node for node in pending(store) if target in (None, node)]
         with first_then_all("checks"):
-            _check(nodes, materials)
+            check(nodes, materials)
         if is_first():
             store.write_lineage()
         for node in nodes:
             _demand_parents(store, node)
-            view.start(node)
-            record = store.record(node) or _grow_node(node, materials, hardware, view)
-            if is_first():
-                record = measured(node, record, materials, view)
-                store.write_record(node, record)
-                remove(store.directory(node) / "training" / "checkpoints")
-            wait(f"{node.key} is done")
-            view.finish(node, record)
+            finish(node, materials, hardware, view)
         if is_first():
-            _compare_populations(materials, view)
+            compare_populations(materials, view)
     return [node.key for node in nodes]
 
 
-def _compare_populations(materials: Materials, view: View) -> None:
+def finish(node: Node, materials: Materials, hardware: Hardware, view: View) -> None:
+    """Grow a node whose parents are done, or only measure it if it was grown before, and write its record."""
+    store = materials.store
+    view.start(node)
+    record = store.record(node) or _grow_node(node, materials, hardware, view)
+    if is_first():
+        record = measured(node, record, materials, view)
+        store.write_record(node, record)
+        remove(store.directory(node) / "training" / "checkpoints")
+    wait(f"{node.key} is done")
+    view.finish(node, record)
+
+
+def compare_populations(materials: Materials, view: View) -> None:
     """Hold the members of each population against each other, where all are grown and it was not done."""
     store, populations = materials.store, materials.store.lineage.populations
     for number, population in enumerate(populations if store.lineage.evaluation else (), start=1):
@@ -92,11 +98,15 @@ def _compare_populations(materials: Materials, view: View) -> None:
 
 def pending(store: Store) -> list[Node]:
     """Nodes, parents first, that are not grown yet or not measured as the evaluation now asks."""
-    order = store.lineage.order
-    return [node for node in order if (store.record(node) or {}).get("measured_as") != store.measured_as(node)]
+    return [node for node in store.lineage.order if is_pending(node, store)]
 
 
-def _check(nodes: list[Node], materials: Materials) -> None:
+def is_pending(node: Node, store: Store) -> bool:
+    """Whether a node is not grown yet or not measured as the evaluation now asks."""
+    return (store.record(node) or {}).get("measured_as") != store.measured_as(node)
+
+
+def check(nodes: list[Node], materials: Materials) -> None:
     """Refuse, before any work, what would fail after hours: texts that are not there, parts that do not fit."""
     evaluation = materials.store.lineage.evaluation
     texts = [evaluation.text, evaluation.real] if nodes and evaluation else []

@@ -62,7 +62,9 @@ class Materials:
         if name not in self._tokenizers:
             path = self.store.tokenizer(config)
             if not path.exists():
-                self._built(config).save(path)
+                with self.store.alone(path):
+                    if not path.exists():
+                        self._built(config).save(path)
             self._tokenizers[name] = Tokenizer.load(path)
         return self._tokenizers[name]
 
@@ -148,9 +150,11 @@ class Materials:
     def _written(self, source: Written, tokenizer: Tokenizer) -> list[Document]:
         directory = self.store.written(source)
         if not is_whole(directory):
-            documents, writer = self._write(source, directory)
-            if writer.identity == tokenizer.identity:
-                return documents
+            with self.store.alone(directory):
+                if not is_whole(directory):
+                    documents, writer = self._write(source, directory)
+                    if writer.identity == tokenizer.identity:
+                        return documents
         text = corpora.read_text(directory)
         if text.card["tokenizer"] == tokenizer.identity:
             return text.tokens()

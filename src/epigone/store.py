@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from epigone import __version__
-from epigone.errors import Fault, UserError
+from epigone.errors import Busy, Fault, UserError
 from epigone.identity import canonical, fingerprint
 from epigone.lineage import Lineage, Node, Population, Written, did_you_mean
 from epigone.storage.places import on_store, write_whole
@@ -153,6 +153,10 @@ class Store:
         """Keep out whoever would grow the whole run, and nobody else."""
         return _locked(self.run / "lock", fcntl.LOCK_SH)
 
+    def alone(self, place: Path) -> contextlib.AbstractContextManager[None]:
+        """Wait until no other process is making what will lie at this place, and keep others out."""
+        return _locked(place.with_name(f"{place.name}.lock"), fcntl.LOCK_EX, patient=True)
+
     def lock_weights(self, node: Node) -> contextlib.AbstractContextManager[None]:
         """Wait until no other run imports these weights, and keep others out."""
         return _locked(self.weights(node).parent / "lock", fcntl.LOCK_EX, patient=True)
@@ -198,7 +202,7 @@ def _locked(path: Path, mode: int, patient: bool = False) -> Iterator[None]:
         except BlockingIOError:
             file.seek(0)
             owner = f"process {file.read().strip()}" if path.stat().st_size else "processes that grow single nodes"
-            raise UserError(f"{path.parent} is being grown by {owner}: wait, or stop them") from None
+            raise Busy(f"{path.parent} is being grown by {owner}: wait, or stop them") from None
         if mode == fcntl.LOCK_EX:
             file.truncate(0)
             file.write(str(os.getpid()))

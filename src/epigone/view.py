@@ -73,6 +73,7 @@ class Terminal:
     _report: Any = None
     _stage_began: float = 0.0
     _said: float = 0.0
+    _beside: dict[int, str] = field(default_factory=dict)
 
     def __enter__(self) -> "Terminal":
         self._live = Live(get_renderable=self.render, console=self.console, refresh_per_second=4, transient=True)
@@ -114,6 +115,14 @@ class Terminal:
             done, left = f"{len(self._done)}/{len(self.work)}", clock(self.seconds_left())
             self.console.print(f"{done:>9}  {summary(node, record)}  left {left}", highlight=False, soft_wrap=True)
 
+    def beside(self, number: int, at: str) -> None:
+        """What one of several processes that grow nodes is at."""
+        self._beside[number] = at
+        if not self.console.is_terminal and time.monotonic() - self._said > QUIET_SECONDS:
+            self._said = time.monotonic()
+            for line in self._beside.values():
+                self.console.print(f"  {line}", highlight=False, soft_wrap=True)
+
     def seconds_left(self) -> float | None:
         """Time so far, in proportion to the work that is left; None before anything is known."""
         whole, done = sum(self.work.values()), sum(self.work.get(key, 0.0) for key in self._done)
@@ -136,6 +145,8 @@ class Terminal:
         if self._stage:
             bar = ProgressBar(total=self._steps or 1, completed=self._report.step if self._report else 0, width=32)
             now.add_row(f"[cyan]{self._title()}[/]", bar if self._steps else "", self._progress())
+        for line in self._beside.values():
+            now.add_row(f"[cyan]{line}[/]")
         lines = [f"[green]done[/] {summary(node, record)}" for node, record in self._recent]
         return Group(whole, now, *lines)
 

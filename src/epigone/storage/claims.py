@@ -21,7 +21,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from epigone.errors import UserError
+from epigone.errors import Busy
 from epigone.storage.places import entries, failing, key_value_store
 
 BEAT = 10.0
@@ -118,7 +118,7 @@ def held(path: Path, shared: bool = False, patient: bool = False) -> Iterator[No
     Args:
         path: the object of whoever holds it alone; those who share it have objects in PATH.shared/.
         shared: keep out only who would hold it alone.
-        patient: wait until others are done; else a UserError names one that lives.
+        patient: wait until others are done; else `Busy` names one that lives.
     """
     folder = path.with_name(f"{path.name}.shared")
     with failing(path):
@@ -145,7 +145,7 @@ def _insist(claim: Claim, patient: bool) -> None:
     told = False
     while not claim.take():
         if claim.lives and not patient:
-            raise UserError(f"{_what(claim)} is being grown by {claim.holder()}: wait, or stop it")
+            raise Busy(f"{_what(claim)} is being grown by {claim.holder()}: wait, or stop it")
         if not told:
             warnings.warn(f"{_what(claim)} is claimed by {claim.holder()}: watching whether it lives", stacklevel=4)
         told = True

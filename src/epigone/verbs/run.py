@@ -53,10 +53,13 @@ class Run(OfConfig):
     Attributes:
         dry_run: print the plan and grow nothing.
         json: print the plan as JSON, for schedulers: every node with its parents, costs, and whether it is done.
+        jobs: processes on this machine that grow different nodes at once, each with its part of the processors. The
+            same command on other hosts that see the run directory helps; give each process its own accelerator.
     """
 
     dry_run: bool = False
     json: bool = False
+    jobs: int | None = None
 
 
 def run(arguments: Sequence[str]) -> None:
@@ -68,7 +71,7 @@ def run(arguments: Sequence[str]) -> None:
     if options.dry_run:
         (print_plan if options.json else show_plan)(lineage, directory, options.data)
     else:
-        grow_and_report(lineage, directory, options)
+        grow_and_report(lineage, directory, options, arguments)
 
 
 def read_config(arguments: Sequence[str], verb: str, base: type = Run) -> tuple[Lineage, Path, Any] | None:
@@ -85,12 +88,29 @@ def read_config(arguments: Sequence[str], verb: str, base: type = Run) -> tuple[
     given = parse(kind, arguments, f"epigone {verb} {arguments[0]}")
     if base is Run and given.json and not (verb == "run" and given.dry_run):
         raise UserError("--json prints a plan: give it as epigone run CONFIG --dry-run --json")
+    if base is Run and given.jobs is not None:
+        _check_jobs(given)
     options = {name: getattr(given, name) for name in inspect.signature(function).parameters}
     lineage = override(_called(function, options), given.set)
     directory = given.run or Path("runs") / lineage.name
     if not on_store(directory) and directory.exists() and not directory.is_dir():
         raise UserError(f"'{directory}' is no directory: name another with --run")
     return lineage, directory, given
+
+
+def _check_jobs(given: Any) -> None:
+    from epigone.processes import several
+
+    if given.jobs < 1:
+        raise UserError(f"--jobs {given.jobs}: at least one process has to grow nodes")
+    if given.node is not None:
+        raise UserError(
+            f"--jobs {given.jobs} grows different nodes at once, and --node {given.node} is one: give either"
+        )
+    if several():
+        raise UserError(
+            "--jobs is for processes that work alone, and a launcher made this one of several: leave it out"
+        )
 
 
 def load_config(path: Path) -> Callable[..., Lineage]:
@@ -236,8 +256,9 @@ def amount(value: float | None, unit: str = "") -> str:
     return f"{value:.3g} E{unit}"
 
 
-def grow_and_report(lineage: Lineage, directory: Path, given: Any) -> None:
+def grow_and_report(lineage: Lineage, directory: Path, given: Any, arguments: Sequence[str]) -> None:
     """Grow what is not done, write the report, say where it is."""
+    from epigone import helpers
     from epigone.grow import grow, pending
     from epigone.plan import plan
     from epigone.processes import is_first
@@ -245,13 +266,20 @@ def grow_and_report(lineage: Lineage, directory: Path, given: Any) -> None:
     from epigone.store import Store
     from epigone.view import Terminal, clock, work_of
 
+    if helpers.HELPER in os.environ:
+        helpers.watch_parent()
+        helpers.grow_some(lineage, directory, hardware=given.hardware, data=given.data, view=helpers.Telling())
+        return
     store = Store(directory, lineage, given.data)
     waiting = {node.key for node in pending(store) if given.node in (None, node.key)}
     rows = [row for row in (plan(lineage, store) if waiting else []) if row.key in waiting]
     work = {row.key: work_of(row.parameters, row.flops) for row in rows}
     began = time.monotonic()
     with Terminal(lineage.name, work, Console(quiet=not is_first())) as view:
-        grown = grow(lineage, directory, hardware=given.hardware, only=given.node, data=given.data, view=view)
+        if given.jobs and waiting:
+            grown = helpers.grow_with_helpers(arguments, given.jobs, store, view)
+        else:
+            grown = grow(lineage, directory, hardware=given.hardware, only=given.node, data=given.data, view=view)
     if not is_first():
         return
     if grown:
