@@ -8,6 +8,7 @@ import platform
 import resource
 import subprocess
 import time
+from collections.abc import Callable
 from dataclasses import asdict
 from functools import cache, partial
 from importlib.metadata import version
@@ -17,6 +18,7 @@ from typing import Any
 from epigone import __version__, watchdog
 from epigone.data.pipeline import Batches, Rows, pack
 from epigone.errors import UserError
+from epigone.groups import groups
 from epigone.identity import canonical, fingerprint
 from epigone.lineage import Lineage, Node, Text, TrainedTokenizer, Written
 from epigone.materials import Materials, count_tokens, fill, seed_of
@@ -65,19 +67,28 @@ def grow(
             check(nodes, materials)
         if is_first():
             store.write_lineage()
-        for node in nodes:
-            _demand_parents(store, node)
-            finish(node, materials, hardware, view)
+        for group in groups(nodes, store, hardware.together):
+            for node in group:
+                _demand_parents(store, node)
+            learned = _train_together(group, materials, hardware, view) if len(group) > 1 else {}
+            for node in group:
+                if node in nodes:
+                    finish(node, materials, hardware, view, learned.get(node.key))
         if is_first():
             compare_populations(materials, view)
     return [node.key for node in nodes]
 
 
-def finish(node: Node, materials: Materials, hardware: Hardware, view: View) -> None:
-    """Grow a node whose parents are done, or only measure it if it was grown before, and write its record."""
+def finish(
+    node: Node, materials: Materials, hardware: Hardware, view: View, learned: dict[str, Any] | None = None
+) -> None:
+    """Grow a node whose parents are done, or only measure it if it was grown before, and write its record.
+
+    `learned`: what is known of its training where it was trained together with others.
+    """
     store = materials.store
     view.start(node)
-    record = store.record(node) or _grow_node(node, materials, hardware, view)
+    record = store.record(node) or _grow_node(node, materials, hardware, view, learned)
     if is_first():
         record = measured(node, record, materials, view)
         store.write_record(node, record)
@@ -146,14 +157,16 @@ def _demand_parents(store: Store, node: Node) -> None:
             raise UserError(f"node '{node.key}' needs '{key}' ({role}), which is not done: grow '{key}' first")
 
 
-def _grow_node(node: Node, materials: Materials, hardware: Hardware, view: View) -> dict[str, Any]:
+def _grow_node(
+    node: Node, materials: Materials, hardware: Hardware, view: View, learned: dict[str, Any] | None
+) -> dict[str, Any]:
     """Learn the lesson and leave the model in the node's directory; the record, but for what is measured."""
     started = time.monotonic()
     store = materials.store
     if node.lesson.source:
         view.stage("import")
         learned = import_weights(node, materials, hardware)
-    else:
+    elif learned is None:
         learned = (_count if isinstance(node.model, NGram) else _train)(node, materials, hardware, view)
     if writing := sum(materials.card(source).get("flops", 0) for source in _first_read_by(node, store.lineage)):
         learned["flops"] = learned.get("flops", 0) + writing
@@ -235,14 +248,9 @@ def _train(node: Node, materials: Materials, hardware: Hardware, view: View) -> 
     from epigone.training.on_policy import TEXT_ONLY
 
     lesson, identity = node.lesson, materials.store.lineage.identities[node.key]
-    tokenizer = materials.tokenizer(node.tokenizer)
-    config = fill(node.model, tokenizer)
+    config = fill(node.model, materials.tokenizer(node.tokenizer))
     rows = packed(node, materials, view)
-    # What the lesson's teacher and objective are is left out: a student and its control start alike and read alike.
-    parts = [node.model, node.tokenizer, lesson.text, lesson.weights, lesson.training, node.seed]
-    recipe = fingerprint([*parts, lesson.initialisation] if lesson.initialisation else parts)
-    read = partial(Batches, rows, lesson.weights, lesson.training.batch_size, seed_of(recipe, "data"))
-    start = partial(starting_weights, node, materials, read(), seed_of(recipe, "train"))
+    seed, read, start = _beginning(node, materials, rows)
     directory = materials.store.directory(node)
     teacher, asked = teacher_of(node, materials, rows, hardware, view)
     view.stage("train", lesson.training.steps)
@@ -259,11 +267,11 @@ def _train(node: Node, materials: Materials, hardware: Hardware, view: View) -> 
             lesson.training,
             lesson.objective,
             read(jax.process_index(), jax.process_count()),
-            seed=seed_of(recipe, "train"),
+            seed=seed,
             identity=identity,
             teacher=teacher,
             on_policy=lesson.on_policy or TEXT_ONLY,
-            initial_params=start if lesson.start_from else None,
+            initial_params=start,
             adapters=lesson.adapters,
             hardware=hardware,
             directory=directory / "training",
@@ -285,6 +293,64 @@ def _train(node: Node, materials: Materials, hardware: Hardware, view: View) -> 
         "compilation": asdict(compiled),
         "curve": trained.curve,
         "seconds_before": max(0.0, trained.seconds - (time.monotonic() - began)),
+    }
+
+
+def _beginning(
+    node: Node, materials: Materials, rows: list[Rows]
+) -> tuple[int, Callable[..., Batches], Callable[[], Any] | None]:
+    """Seed and data of a training, and what gives its first weights where these are not random."""
+    lesson = node.lesson
+    # What the lesson's teacher and objective are is left out: a student and its control start alike and read alike.
+    parts = [node.model, node.tokenizer, lesson.text, lesson.weights, lesson.training, node.seed]
+    recipe = fingerprint([*parts, lesson.initialisation] if lesson.initialisation else parts)
+    seed = seed_of(recipe, "train")
+    read = partial(Batches, rows, lesson.weights, lesson.training.batch_size, seed_of(recipe, "data"))
+    return seed, read, partial(starting_weights, node, materials, read(), seed) if lesson.start_from else None
+
+
+def _train_together(nodes: list[Node], materials: Materials, hardware: Hardware, view: View) -> dict[str, Any]:
+    """Train nodes of one shape in one program, and save those that are not done; what was learned, by key.
+
+    All are trained again where one is left, so that a run that was killed comes to the same end.
+    """
+    store = materials.store
+    if all(store.record(node) is not None for node in nodes):
+        return {}
+    from epigone.models.decoder import attention_of, parameter_count
+    from epigone.training import checkpoint
+    from epigone.training.compilation import compilation
+    from epigone.training.together import Member, train_together
+
+    first = nodes[0]
+    view.start(first)
+    lesson, config = first.lesson, fill(first.model, materials.tokenizer(first.tokenizer))
+    teacher, asked = teacher_of(first, materials, [], hardware, view)
+    members = []
+    for node in nodes:
+        seed, read, start = _beginning(node, materials, packed(node, materials, view))
+        members.append(Member(node.key, seed, read(), start))
+    view.stage(f"train, with {len(nodes) - 1} more", lesson.training.steps)
+    with compilation() as compiled:
+        trained = train_together(config, lesson.training, lesson.objective, members, teacher=teacher, on_step=view.step)
+    for node, one in zip(nodes, trained, strict=True):
+        if store.record(node) is None:
+            checkpoint.save_params(store.weights(node), one.params)
+    return {
+        node.key: {
+            "parameters": parameter_count(config),
+            "trained_parameters": one.trained,
+            "optimizer_bytes": one.optimizer_bytes,
+            "tokens": one.tokens,
+            "flops": one.flops,
+            **asked,
+            "attention": str(attention_of(config, lesson.training.sequence_length)),
+            "compilation": asdict(compiled),
+            "curve": one.curve,
+            "together": len(nodes),
+            "seconds_before": one.seconds,
+        }
+        for node, one in zip(nodes, trained, strict=True)
     }
 
 

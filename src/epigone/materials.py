@@ -42,6 +42,7 @@ class Materials:
 
     def __init__(self, store: Store) -> None:
         self.store = store
+        self._read: tuple[str, list[str]] = ("", [])
         self._encoded: dict[tuple[str, str], list[Document]] = {}
         self._indices: OrderedDict[str, NGramIndex] = OrderedDict()
         self._tokenizers: dict[str, Tokenizer] = {}
@@ -55,6 +56,13 @@ class Materials:
         if text.split not in splits:
             raise UserError(f"corpus {text.corpus} has no split '{text.split}'; it has {', '.join(splits)}")
         return splits[text.split]
+
+    def _whole(self, text: Text) -> list[str]:
+        """All documents of a split; those that were read last stay at hand: tokenizers and models read the same."""
+        name = fingerprint(text)
+        if self._read[0] != name:
+            self._read = (name, list(self.strings(text)))
+        return self._read[1]
 
     def tokenizer(self, config: TokenizerConfig) -> Tokenizer:
         """A tokenizer, trained or read from its files on first use and stored with the run."""
@@ -76,7 +84,7 @@ class Materials:
             return Tokenizer.load(shared)
         if config.text.skip or config.text.tokens is not None:
             raise UserError(f"a tokenizer is trained on a whole split, not on a part: {config.text}")
-        return config.algorithm.build(list(self.strings(config.text)))
+        return config.algorithm.build(self._whole(config.text))
 
     def documents(self, source: Text | Written, config: TokenizerConfig) -> list[Document]:
         """The token documents of a source, real or written by a node that is done."""
@@ -91,7 +99,7 @@ class Materials:
             if isinstance(whole, Written):
                 self._encoded[name] = self._written(whole, tokenizer)
             else:
-                self._encoded[name] = tokenizer.encode_batch(list(self.strings(whole)))
+                self._encoded[name] = tokenizer.encode_batch(self._whole(whole))
         if isinstance(source, Text) and whole != source:
             return corpora.slice_documents(self._encoded[name], source.skip, source.tokens)
         return self._encoded[name]
@@ -122,7 +130,7 @@ class Materials:
         """The documents of a source, or of its part, as they were before they were encoded."""
         if source.subsample is not None:
             raise UserError(f"a text that is held out is read whole, and subsample={source.subsample} draws of it")
-        strings = list(self.strings(source))
+        strings = self._whole(source)
         if source.skip == 0 and source.tokens is None:
             return strings
         encoded = self.documents(replace(source, skip=0, tokens=None), config)

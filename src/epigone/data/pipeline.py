@@ -1,8 +1,8 @@
 """From packed rows to batches: shuffled, mixed, split over processes, and the same for a step whoever asks."""
 
 import functools
-from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import numpy as np
 
@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     import grain
 
 __all__ = ["Batch", "Batches", "Rows", "as_batch", "pack", "pack_to"]
+
+Made = TypeVar("Made")
 
 _FOREVER = 2**62
 _PREFETCHED = 8
@@ -103,11 +105,7 @@ class Batches:
 
     def iterate(self, start_step: int = 0) -> Iterator[Batch]:
         """Batches from `start_step` on, made in background threads while the caller computes."""
-        import grain
-
-        steps = grain.MapDataset.range(start_step, _FOREVER // self.batch_size)
-        options = grain.ReadOptions(num_threads=2, prefetch_buffer_size=_PREFETCHED)
-        return iter(steps.map(self.batch).to_iter_dataset(options))
+        return ahead(self.batch, self.batch_size, start_step)
 
     @functools.cached_property
     def _order(self) -> "grain.MapDataset[int]":
@@ -129,6 +127,14 @@ class Batches:
             mine = owners == owner
             planes_B3T[mine] = self._rows[owner].planes_R3T[numbers[mine] - self._starts[owner]]
         return as_batch(planes_B3T)
+
+
+def ahead(make: Callable[[int], Made], batch_size: int, start: int = 0) -> Iterator[Made]:
+    """make(start), make(start + 1) and so on, of so many rows each, in background threads while the caller computes."""
+    import grain
+
+    options = grain.ReadOptions(num_threads=2, prefetch_buffer_size=_PREFETCHED)
+    return iter(grain.MapDataset.range(start, _FOREVER // batch_size).map(make).to_iter_dataset(options))
 
 
 class _Epochs:

@@ -59,6 +59,8 @@ class Hardware:
         student: the student's rules on this mesh: which axes of its arrays are cut over which of the mesh.
         teacher: those of every teacher beside it.
         microbatches: parts into which a batch is cut in time, to save memory.
+        together: nodes of one shape that do not wait for each other and are trained in one program, at most: saves time
+            where models are so small that a step is mostly the start of its operations, and takes the memory of all.
         offload_optimizer: keep the optimizer's moments in the memory of the host, from where they come for each update.
         checkpoint_every_seconds: time between two checkpoints; None for none by time.
         checkpoint_every_steps: steps between two checkpoints; None for none by steps.
@@ -71,6 +73,7 @@ class Hardware:
     student: Sharding = Sharding()
     teacher: Sharding = Sharding()
     microbatches: int = 1
+    together: int = 1
     offload_optimizer: bool = False
     checkpoint_every_seconds: float | None = 60.0
     checkpoint_every_steps: int | None = None
@@ -82,6 +85,12 @@ class Hardware:
 
     def __post_init__(self) -> None:
         _at_least_one("hardware", self, "data", "fsdp", "tensor", "expert", "microbatches", "checkpoint_every_steps")
+        _at_least_one("hardware", self, "together")
+        if self.together > 1 and (max(self.sizes) > 1 or self.microbatches > 1 or self.offload_optimizer):
+            raise UserError(
+                f"hardware: together={self.together} is for small models on one device: leave out mesh, "
+                "microbatches and offload_optimizer"
+            )
         seconds = self.checkpoint_every_seconds
         if seconds is not None and seconds < 0:
             raise UserError(f"hardware: checkpoint_every_seconds={seconds} is negative: give a time, or None for none")

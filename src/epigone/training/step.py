@@ -38,6 +38,9 @@ ema where the params are averaged."""
 
 HOST, DEVICE = jax.memory.Space.Host, jax.memory.Space.Device
 
+MANY = (0, None, None, 0, 0)
+"""Of the arguments of a step, the axis along which students lie that are trained together."""
+
 _programs: dict[Any, "Programs"] = {}
 
 
@@ -66,18 +69,26 @@ def programs(
     training: Training,
     objective: Objective,
     teacher: Teacher | None,
-    mesh: jax.sharding.Mesh,
+    mesh: jax.sharding.Mesh | None,
     offload: bool = False,
+    together: bool = False,
 ) -> Programs:
     """The programs for this student, lesson and mesh; the same objects for equal configs.
 
-    `offload`: the optimizer's moments are in the memory of the host.
+    Args:
+        student: the shape of what is trained.
+        training: steps and optimizer.
+        objective: what is learned.
+        teacher: whose scores are.
+        mesh: where arrays lie; None for one device that is not named.
+        offload: the optimizer's moments are in the memory of the host.
+        together: of many students at once, along a first axis of everything but the teacher's parameters.
     """
     scores, theirs = (teacher.scores, teacher.head) if teacher else (None, None)
-    key = (fingerprint((student, training, objective, scores, theirs)), mesh, offload)
+    key = (fingerprint((student, training, objective, scores, theirs)), mesh, offload, together)
     if key not in _programs:
         heads = (student.head, *(theirs if isinstance(theirs, tuple) else (theirs,)))
-        cut = Mesh(BATCH_AXES, "tensor" if mesh.shape["tensor"] > 1 else None)
+        cut = Mesh() if mesh is None else Mesh(BATCH_AXES, "tensor" if mesh.shape["tensor"] > 1 else None)
         whole: Any = partial(rewarded_loss if reads_later(objective.divergence) else fused_loss, objective.loss)
         if teacher and teacher.signal is Signal.OTHER_TOKENS:
             whole = partial(aligned_loss, objective)
@@ -85,12 +96,13 @@ def programs(
         within = None
         if objective.inner and isinstance(scores, DecoderStates):  # `check_inside` lets no other in
             within = Within(objective.inner, student, scores, cut)
-        begin = jax.jit(partial(_begin, training, offload))
-        moving = partial(_step, training, objective, student, scores, within, fused, offload)
-        step = jax.jit(moving, donate_argnums=0)
+        begin: Any = partial(_begin, training, offload)
+        step: Any = partial(_step, training, objective, student, scores, within, fused, offload)
         alone = heads[:1] if whole.func is aligned_loss else heads
-        beside = jax.jit(partial(_compare, student, scores, partial(compare, heads=alone, mesh=cut)))
-        _programs[key] = Programs(begin, step, beside, within)
+        beside: Any = partial(_compare, student, scores, partial(compare, heads=alone, mesh=cut))
+        if together:
+            begin, step, beside = (jax.vmap(one, MANY[:n]) for one, n in ((begin, 1), (step, 5), (beside, 5)))
+        _programs[key] = Programs(jax.jit(begin), jax.jit(step, donate_argnums=0), jax.jit(beside), within)
     return _programs[key]
 
 

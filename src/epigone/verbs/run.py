@@ -107,6 +107,8 @@ def _check_jobs(given: Any) -> None:
         raise UserError(
             f"--jobs {given.jobs} grows different nodes at once, and --node {given.node} is one: give either"
         )
+    if given.hardware.together > 1:
+        raise UserError(f"--jobs {given.jobs} and --hardware.together {given.hardware.together}: give either")
     if several():
         raise UserError(
             "--jobs is for processes that work alone, and a launcher made this one of several: leave it out"
