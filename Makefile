@@ -43,6 +43,8 @@ lint: $(DEV_READY)
 
 bench: $(DEV_READY)
 	$(BIN)/python benchmarks/ngram.py
+	$(BIN)/python benchmarks/generations.py
+	$(BIN)/python benchmarks/together.py
 	$(BIN)/python benchmarks/fused_loss.py
 	$(BIN)/python benchmarks/train_step.py
 	$(BIN)/python benchmarks/sampling.py

@@ -39,7 +39,7 @@ SHOWN = "import os; from epigone.runtime import prepare; prepare(); print(os.env
 
 def told(program, **variables):
     """What a program prints in a process where nothing is set but these."""
-    ours = ("JAX_", "XLA_", "EPIGONE_", "XDG_", "MALLOC_", "LD_PRELOAD")
+    ours = ("JAX_", "XLA_", "EPIGONE_", "XDG_", "MALLOC_", "LD_PRELOAD", "OMP_", "OPENBLAS_")
     bare = {k: v for k, v in os.environ.items() if not k.startswith(ours)}
     command = [sys.executable, "-c", program]
     return subprocess.run(command, env=bare | variables, capture_output=True, text=True, check=True).stdout.strip()
@@ -54,6 +54,14 @@ def test_compilations_are_cached_where_the_user_says(tmp_path):
     assert prepared("JAX_COMPILATION_CACHE_DIR", XDG_CACHE_HOME=str(tmp_path)) == str(tmp_path / "epigone" / "jax")
     assert prepared("JAX_COMPILATION_CACHE_DIR", JAX_COMPILATION_CACHE_DIR="/mine") == "/mine"
     assert prepared("JAX_COMPILATION_CACHE_DIR", EPIGONE_RUNTIME="off") == "absent"
+
+
+def test_numpy_has_one_thread_unless_the_user_says_otherwise():
+    name = "OPENBLAS_NUM_THREADS"
+    assert prepared(name) == "1"
+    assert prepared(name, OPENBLAS_NUM_THREADS="4") == "4"
+    assert prepared(name, OMP_NUM_THREADS="4") == "absent"
+    assert prepared(name, EPIGONE_RUNTIME="off") == "absent"
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other allocators have other settings")

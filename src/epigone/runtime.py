@@ -20,7 +20,7 @@ _BLOCK, _BLOCKS = 2**20, 512
 
 
 def prepare() -> None:
-    """Set what is not set: compilations are cached on disk, and large blocks of memory are used again.
+    """Set what is not set: compilations are cached on disk, large blocks of memory are used again, NumPy has one thread.
 
     A training step on a CPU takes and gives back arrays of many megabytes. By default the allocator maps each one anew,
     and the system fills every page with zeros first, which costs more than the arithmetic on it. Kept blocks cost none.
@@ -31,6 +31,9 @@ def prepare() -> None:
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache))
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    if not {"OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"} & set(os.environ):
+        # NumPy's products are small here: its threads would wait for the next one by turning in circles.
+        os.environ["OPENBLAS_NUM_THREADS"] = "1"
     # Orbax logs the traceback of what it also raises; the command line tells that in one line.
     logging.getLogger("absl").setLevel(logging.CRITICAL)
     sys.unraisablehook = _without_echoes(sys.unraisablehook)
