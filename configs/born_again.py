@@ -21,7 +21,7 @@ from epigone.families import born_again, fan_out
 from epigone.lessons.divergences import forward_kl
 from epigone.lessons.objective import TEXT_ALONE, Objective
 from epigone.lessons.schedules import Linear
-from epigone.lineage import Evaluation, Lesson, Lineage, Node, Text, TrainedTokenizer
+from epigone.lineage import Claim, Evaluation, Lesson, Lineage, Node, Text, TrainedTokenizer
 from epigone.models.config import DecoderConfig
 from epigone.training.loop import Training
 from epigone.training.optimizer import Optimizer
@@ -74,4 +74,7 @@ def lineage(
         write_tokens=5_000,
         contexts=500,
     )
-    return Lineage("born-again", tuple(nodes), evaluation, __doc__.partition("\n")[0])
+    claims = (
+        Claim("a student of one size passes its teacher", "Furlanello et al. 2018", ("born-again@1", "teacher@0")),
+    )
+    return Lineage("born-again", tuple(nodes), evaluation, __doc__.partition("\n")[0], claims=claims)

@@ -27,6 +27,24 @@ def config(name: str) -> Lineage:
     return load_config(CONFIGS / f"{name}.py")(**KNOBS)
 
 
+@pytest.mark.parametrize(
+    ("name", "claims"),
+    [
+        ("generations/trigrams", 7),
+        ("generations/transformers", 5),
+        ("generations/beams", 2),
+        ("generations/ladder", 3),
+        ("born_again", 1),
+    ],
+)
+def test_what_papers_claim_is_said_of_nodes_that_are_there(name, claims):
+    lineage = load_config(CONFIGS / f"{name}.py")()
+    groups = {f"{node.name}@{node.generation}" for node in lineage.nodes}
+    assert len(lineage.claims) == claims
+    for claim in lineage.claims:
+        assert set(claim.order) <= groups, claim
+
+
 @pytest.mark.parametrize("name", GROWN)
 def test_students_are_grown_and_held_against_their_teachers(name, tmp_path):
     whole = config(name)

@@ -13,7 +13,7 @@ from epigone.errors import Fault, UserError
 from epigone.families import chain, fan_out, population, repeat
 from epigone.identity import canonical, fingerprint, restore
 from epigone.lessons.objective import Objective
-from epigone.lineage import Evaluation, Lesson, Lineage, Node, Population, Text, TrainedTokenizer, Written
+from epigone.lineage import Claim, Evaluation, Lesson, Lineage, Node, Population, Text, TrainedTokenizer, Written
 from epigone.models.config import DecoderConfig
 from epigone.training.config import Training
 
@@ -176,6 +176,12 @@ def test_a_population_names_nodes_of_its_lineage_each_once():
     for members in (("a@0",), ("a@0", "a@0"), ()):
         with pytest.raises(UserError, match="two nodes or more, each once"):
             Population("p", members)
+
+
+@pytest.mark.parametrize("wrong", [{"order": ("a@1",)}, {"order": ("a@1", "a@1")}, {"factor": 0.0}])
+def test_a_claim_orders_two_groups_or_more(wrong):
+    with pytest.raises(UserError, match="name two groups or more, each once, and a positive factor"):
+        Claim(**{"says": "a < b", "source": "somebody", "order": ("a@1", "b@1")} | wrong)
 
 
 def test_a_chain_needs_real_text_of_known_size():

@@ -18,7 +18,7 @@ from epigone.data.corpora import Embedded
 from epigone.data.tokenizers import Words
 from epigone.families import chain
 from epigone.lessons.objective import TEXT_ALONE
-from epigone.lineage import Evaluation, Lesson, Lineage, Node, Text, TrainedTokenizer, Written
+from epigone.lineage import Claim, Evaluation, Lesson, Lineage, Node, Text, TrainedTokenizer, Written
 from epigone.models.config import DecoderConfig
 from epigone.training.loop import Training
 from epigone.training.optimizer import Optimizer
@@ -65,4 +65,10 @@ def lineage(
     evaluation = Evaluation(
         text=Text(BIBLE, split="test", tokens=20_000), real=Text(BIBLE), write_tokens=8_000, contexts=200
     )
-    return Lineage("beams", tuple(nodes), evaluation, __doc__.partition("\n")[0])
+    last = [f"completed-{number}@{generations}" for number in range(4)]
+    nature = "Shumailov et al. 2024, figure 1"
+    claims = (
+        Claim("completions by beam search make each generation worse", nature, ("reader@0", last[0])),
+        Claim("a tenth of real text takes away most of the harm", nature, (last[1], last[0])),
+    )
+    return Lineage("beams", tuple(nodes), evaluation, __doc__.partition("\n")[0], claims=claims)

@@ -20,7 +20,7 @@ from epigone.data.tokenizers import Words
 from epigone.families import chain, fan_out
 from epigone.lessons.divergences import forward_kl
 from epigone.lessons.objective import TEXT_ALONE, Objective
-from epigone.lineage import Evaluation, Lesson, Lineage, Node, Text, TrainedTokenizer, Written
+from epigone.lineage import Claim, Evaluation, Lesson, Lineage, Node, Text, TrainedTokenizer, Written
 from epigone.models.config import DecoderConfig
 from epigone.training.loop import Training
 from epigone.training.optimizer import Optimizer
@@ -68,7 +68,19 @@ def lineage(seeds: int = 2, crumbs: int = 20_000, tokens: int = 300_000, steps: 
     evaluation = Evaluation(
         text=Text(BIBLE, split="test", tokens=20_000), real=Text(BIBLE), write_tokens=8_000, contexts=200
     )
-    return Lineage("ladder", tuple(nodes), evaluation, __doc__.partition("\n")[0])
+    last = len(SIZES) - 1
+    claims = (
+        Claim(
+            "a student of scores is better than one without a teacher", "Hinton et al. 2015", ("direct@1", "alone@1")
+        ),
+        Claim(
+            "steps between teacher and student help a small student",
+            "Mirzadeh et al. 2020",
+            (f"ladder@{last}", f"direct@{last}"),
+        ),
+        Claim("a student of one size passes its teacher", "Furlanello et al. 2018", ("again@2", "again@1")),
+    )
+    return Lineage("ladder", tuple(nodes), evaluation, __doc__.partition("\n")[0], claims=claims)
 
 
 def _reads(size: int, text: Text, *, steps: int, batch: int = 4, seed: int = 0) -> Node:

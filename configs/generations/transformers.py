@@ -22,7 +22,7 @@ from epigone.data.corpora import Embedded
 from epigone.data.tokenizers import Words
 from epigone.families import chain
 from epigone.lessons.objective import TEXT_ALONE
-from epigone.lineage import Evaluation, Lesson, Lineage, Node, Text, TrainedTokenizer, Written
+from epigone.lineage import Claim, Evaluation, Lesson, Lineage, Node, Text, TrainedTokenizer, Written
 from epigone.models.config import DecoderConfig
 from epigone.training.loop import Training
 from epigone.training.optimizer import Optimizer
@@ -73,7 +73,22 @@ def lineage(seeds: int = 2, generations: int = 4, tokens: int = 60_000, steps: i
     evaluation = Evaluation(
         text=Text(BIBLE, split="test", tokens=20_000), real=Text(BIBLE), write_tokens=8_000, contexts=200
     )
-    return Lineage("transformers", tuple(nodes), evaluation, __doc__.partition("\n")[0])
+    last = {name: f"{name}@{generations}" for name in ("accumulate", "subsample", "replace", "fixed", "sampled-0")}
+    table = "Gerstgrasser et al. 2024, table 2"
+    claims = (
+        Claim("accumulated text loses less than replaced text", table, (last["accumulate"], last["replace"])),
+        Claim(
+            "where text accumulates, the last model is better than the first", table, (last["accumulate"], "reader@0")
+        ),
+        Claim(
+            "a sample of constant size of all text so far lies between accumulated and replaced text",
+            "Kazdan et al. 2024",
+            (last["accumulate"], last["subsample"], last["replace"]),
+        ),
+        Claim("sampling at temperature 0.3 is far worse", table, (last["replace"], last["sampled-0"])),
+        Claim("a tenth of real text takes away harm", "Shumailov et al. 2024", (last["fixed"], last["replace"])),
+    )
+    return Lineage("transformers", tuple(nodes), evaluation, __doc__.partition("\n")[0], claims=claims)
 
 
 def _reads(text: Text, steps: int, seed: int) -> Node:

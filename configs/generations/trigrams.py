@@ -26,7 +26,7 @@ from epigone import regimes
 from epigone.data.corpora import Embedded
 from epigone.data.tokenizers import Words
 from epigone.families import chain
-from epigone.lineage import Evaluation, Lesson, Lineage, Node, Text, TrainedTokenizer, Written
+from epigone.lineage import Claim, Evaluation, Lesson, Lineage, Node, Text, TrainedTokenizer, Written
 from epigone.models.ngram import NGram
 from epigone.models.smoothing import mle
 from epigone.pretrained import packaged, pretrained
@@ -82,7 +82,42 @@ def lineage(seeds: int = 3, generations: int = 10, tokens: int = 60_000, judge: 
         contexts=200,
         judge=nodes[0].key if judge else None,
     )
-    return Lineage("trigrams", tuple(nodes), evaluation, __doc__.partition("\n")[0])
+    claims = _claims(generations)
+    return Lineage("trigrams", tuple(nodes), evaluation, __doc__.partition("\n")[0], claims=claims)
+
+
+def _claims(last: int) -> tuple[Claim, ...]:
+    """What others found, in names of this lineage."""
+
+    def claim(says: str, source: str, *names: str, factor: float = 1.0) -> Claim:
+        return Claim(says, source, tuple(name if "@" in name else f"{name}@{last}" for name in names), factor)
+
+    return (
+        claim(
+            "accumulated text loses less than replaced text",
+            "Gerstgrasser et al. 2024, table 2",
+            "accumulate",
+            "replace",
+        ),
+        claim(
+            "accumulated text is bounded (here: within 15 % of generation 0)",
+            "Gerstgrasser et al. 2024, theorem 1",
+            "accumulate",
+            "trigram@0",
+            factor=1.15,
+        ),
+        claim(
+            "a sample of constant size of all text so far lies between accumulated and replaced text",
+            "Kazdan et al. 2024",
+            "accumulate",
+            "subsample",
+            "replace",
+        ),
+        claim("fresh real text helps more than the same real text", "Alemohammad et al. 2024", "fresh", "fixed"),
+        claim("a tenth of real text takes away harm", "Shumailov et al. 2024, figure 1", "fixed", "replace"),
+        claim("cold sampling makes it worse", "Gerstgrasser et al. 2024, table 2", "replace", "sampled-0"),
+        claim("text that a verifier chose loses less", "Feng et al. 2024", "sampled-4", "replace"),
+    )
 
 
 def _counts(name: str, text: Text, family: str, seed: int, *, model: NGram = TRIGRAM, tuned: bool = True) -> Node:

@@ -353,6 +353,33 @@ class Population:
 
 
 @dataclass(frozen=True)
+class Claim:
+    """What a source says of such models; the report holds it against what was measured. No part of anyone's identity.
+
+    Attributes:
+        says: the claim, in a sentence.
+        source: who makes it, and where.
+        order: `name@generation` of two groups of nodes or more; what is measured of each is less than `factor` times
+            what is measured of the next.
+        factor: 1 for a plain order.
+        metric: a measure of the records.
+    """
+
+    says: str
+    source: str
+    order: tuple[str, ...]
+    factor: float = 1.0
+    metric: str = "perplexity"
+
+    def __post_init__(self) -> None:
+        if len(set(self.order)) < max(2, len(self.order)) or self.factor <= 0:
+            raise UserError(
+                f"the claim '{self.says}' orders {list(self.order)} by the factor {self.factor:g}: name two groups or "
+                "more, each once, and a positive factor"
+            )
+
+
+@dataclass(frozen=True)
 class Lineage:
     """A named set of nodes that is closed under parents and has no cycle.
 
@@ -362,6 +389,7 @@ class Lineage:
         evaluation: what is measured of each; None measures nothing.
         description: one paragraph for the reader of the report.
         populations: nodes that are held against each other, as the evaluation says.
+        claims: what others say of such models; a claim about nodes that are not in the lineage is left out.
     """
 
     name: str
@@ -369,6 +397,7 @@ class Lineage:
     evaluation: Evaluation | None
     description: str = ""
     populations: tuple[Population, ...] = ()
+    claims: tuple[Claim, ...] = ()
 
     def __post_init__(self) -> None:
         _check_name(self.name)

@@ -134,6 +134,7 @@ class Store:
                 {**canonical(population), "key": population.key, "measured_as": self.population_as(population)}
                 for population in lineage.populations
             ],
+            "claims": [canonical(claim) for claim in lineage.claims],
         }
         path = self.run / "lineage.json"
         if not path.exists() or path.read_bytes() != json.dumps(described, indent=1).encode():

@@ -257,6 +257,24 @@ def test_several_runs_stand_on_one_page(tmp_path):
     assert re.search(r"0\.[567]\d* ?\(", rows[0])  # agreement with the teacher
 
 
+def test_claims_stand_beside_what_was_measured_also_of_several_runs(tmp_path):
+    claim = {"says": "<b>copies</b> fade", "source": "somebody & sons", "factor": 1.0, "metric": "perplexity"}
+    for name in ("one", "other"):
+        entries = quickstart(2, 2)
+        run = write_run(tmp_path / name, entries, [record(entry) for entry in entries])
+        described = json.loads((run / "lineage.json").read_text())
+        told = [claim | {"order": ["trigram@0", "trigram-replace@2"]}, claim | {"order": ["trigram@0", "nobody@1"]}]
+        (run / "lineage.json").write_text(json.dumps(described | {"claims": told}))
+    html = write_report(tmp_path / "one").read_text()
+    assert Page(html).open == []
+    assert html.count("&lt;b&gt;copies&lt;/b&gt; fade") == 1
+    assert "somebody &amp; sons" in html
+    results = json.loads((tmp_path / "one" / "results.json").read_text())["claims"]
+    assert [one["verdict"] for one in results] == ["holds"]
+    both = write_report(tmp_path / "one", [tmp_path / "other"], tmp_path / "both").read_text()
+    assert both.count("&lt;b&gt;copies&lt;/b&gt; fade") == 2
+
+
 def test_several_runs_need_a_folder_and_names_of_their_own(tmp_path):
     run = write_run(tmp_path / "a" / "run", quickstart(1, 1), [])
     same = write_run(tmp_path / "b" / "run", quickstart(1, 1), [])

@@ -1,11 +1,13 @@
+import json
+
 import numpy as np
 import pytest
 from report.synthetic_run import key, quickstart, record, write_run
 from scipy import stats
 
 from epigone.report.records import load_run
-from epigone.report.sections import verdict
-from epigone.report.summaries import comparisons, generation_series, paired_interval, spread
+from epigone.report.sections import measured, outcome, verdict
+from epigone.report.summaries import comparisons, generation_series, paired_interval, spread, tried
 
 
 def _compared(tmp_path, students, controls):
@@ -119,3 +121,51 @@ def test_points_are_means_and_extremes_over_seeds(full_run):
 def test_spread_leaves_out_what_is_absent():
     assert spread([None, None]) is None
     assert spread([None, 2.0, 4.0]).count == 2
+
+
+def held_against(tmp_path, order, factor=1.0, **perplexities):
+    """A claim about the second generation of copies, and about the one teacher; a missing one is not measured."""
+    seeds = len(next(iter(perplexities.values())))
+    entries = [entry for entry in quickstart(2, seeds) if entry["generation"] == 2 or entry["name"] == "teacher"]
+    given = {entry["key"]: perplexities.get(entry["name"].rpartition("-")[2]) for entry in entries}
+    records = [
+        record(entry, metrics={"perplexity": given[entry["key"]][entry["seed"]]})
+        for entry in entries
+        if given[entry["key"]] and given[entry["key"]][entry["seed"]] is not None
+    ]
+    run = write_run(tmp_path, entries, records)
+    described = json.loads((run / "lineage.json").read_text())
+    claim = {"says": "a < b", "source": "somebody", "order": order, "factor": factor, "metric": "perplexity"}
+    (run / "lineage.json").write_text(json.dumps(described | {"claims": [claim]}))
+    return tried(load_run(run))
+
+
+FIRST, SECOND = "trigram-accumulate@2", "trigram-replace@2"
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs", "factor", "said"),
+    [
+        ([1, 2, 3], [2, 3, 4], 1.0, "holds: 3 of 3 seeds"),
+        ([1, 2, 5], [2, 3, 4], 1.0, "holds on average: 2 of 3 seeds"),
+        ([3, 3, 3], [2, 2, 4], 1.0, "does not hold at this scale: 1 of 3 seeds"),
+        ([2, 2, 2], [2, 2, 2], 1.0, "does not hold at this scale: 0 of 3 seeds"),
+        ([2, 2, 2], [2, 2, 2], 1.1, "holds: 3 of 3 seeds"),
+        ([2.3, 2.1], [2, 2], 1.1, "does not hold at this scale: 1 of 2 seeds"),
+        ([float("inf"), 1], [2, 2], 1.0, "does not hold at this scale: 1 of 2 seeds"),
+        ([1], [2], 1.0, "holds: one seed"),
+    ],
+)
+def test_a_claim_is_held_against_what_was_measured(ours, theirs, factor, said, tmp_path):
+    (one,) = held_against(tmp_path, [FIRST, SECOND], factor, accumulate=ours, replace=theirs)
+    assert outcome(one) == said
+
+
+def test_one_teacher_stands_beside_every_seed_and_an_order_may_have_three_members(tmp_path):
+    order = [FIRST, SECOND, "teacher@0"]
+    (one,) = held_against(tmp_path, order, accumulate=[1, 2], replace=[2, 9], teacher=[5, None])
+    assert outcome(one) == "does not hold at this scale: 1 of 2 seeds"
+    assert measured(one) == "accumulate@2 1.50 (1.00–2.00), replace@2 5.50 (2.00–9.00), teacher@0 5.00"
+    assert [found.mean for found in one.measured] == [1.5, 5.5, 5.0]
+    assert held_against(tmp_path / "a", order[:2], accumulate=[1, 2], replace=[2, None]) == []
+    assert held_against(tmp_path / "b", [FIRST, "nobody@3"], accumulate=[1, 2]) == []

@@ -13,7 +13,7 @@ from epigone.report.formats import probability
 from epigone.report.graph import lineage_svg
 from epigone.report.plots import draw_all
 from epigone.report.records import Run, joined, load_run
-from epigone.report.summaries import Comparison, Series, comparisons, generation_series
+from epigone.report.summaries import Comparison, Series, comparisons, generation_series, tried
 from epigone.report.tables import results_csv, results_json
 from epigone.storage.places import write_whole
 
@@ -74,6 +74,7 @@ def render(run: Run, series: list[Series], compared: list[Comparison], figures: 
         not_drawn=sections.not_drawn(series),
         held=populations.held(run),
         comparisons=[(one, sections.verdict(one), sections.compared_table(run, one)) for one in compared],
+        claims=[(one, sections.measured(one), sections.outcome(one)) for one in tried(run)],
         exploration=Markup(exploration(run, series)),
         samples=reading.samples(series),
         loose_samples=reading.loose_samples(run, series),

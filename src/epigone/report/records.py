@@ -110,6 +110,17 @@ class Population:
 
 
 @dataclass(frozen=True)
+class Claim:
+    """What a source says: the metric of each group of nodes is less than `factor` times that of the next."""
+
+    says: str
+    source: str
+    order: tuple[str, ...]
+    factor: float
+    metric: str
+
+
+@dataclass(frozen=True)
 class Run:
     """All that a report is made from."""
 
@@ -118,6 +129,7 @@ class Run:
     version: str
     nodes: tuple[Node, ...]
     populations: tuple[Population, ...] = ()
+    claims: tuple[Claim, ...] = ()
 
     @property
     def grown(self) -> tuple[Node, ...]:
@@ -162,8 +174,13 @@ def joined(directories: Sequence[Path], folder: Path) -> Run:
         for name, run in zip(names, runs, strict=True)
         for one in run.populations
     ]
+    claims = [
+        replace(one, order=tuple(f"{name}/{group}" for group in one.order))
+        for name, run in zip(names, runs, strict=True)
+        for one in run.claims
+    ]
     told = " ".join(f"{name}: {run.description}" for name, run in zip(names, runs, strict=True))
-    return Run(" and ".join(names), told, runs[0].version, tuple(nodes), tuple(populations))
+    return Run(" and ".join(names), told, runs[0].version, tuple(nodes), tuple(populations), tuple(claims))
 
 
 def _renamed(node: Node, run: str) -> Node:
@@ -189,6 +206,7 @@ def load_run(directory: Path, folder: Path | None = None) -> Run:
     try:
         nodes = tuple(_node(entry, records) for entry in lineage["nodes"])
         populations = tuple(_population(entry, directory) for entry in lineage.get("populations") or ())
+        claims = tuple(_claim(entry) for entry in lineage.get("claims") or ())
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise Fault(f"damaged lineage '{path}': {error!r}; grow the run again to rewrite it") from error
     return Run(
@@ -197,6 +215,7 @@ def load_run(directory: Path, folder: Path | None = None) -> Run:
         version=str(lineage.get("epigone") or ""),
         nodes=nodes,
         populations=populations,
+        claims=claims,
     )
 
 
@@ -218,6 +237,11 @@ def _read_records(directory: Path, folder: Path) -> Records:
         place = path.relative_to(folder).as_posix() if inside else Path(os.path.relpath(path, folder)).as_posix()
         records[str(record.get("key")), str(record.get("identity"))] = (record, place)
     return records
+
+
+def _claim(entry: dict[str, Any]) -> Claim:
+    order = tuple(str(group) for group in entry["order"])
+    return Claim(str(entry["says"]), str(entry["source"]), order, float(entry["factor"]), str(entry["metric"]))
 
 
 def _population(entry: dict[str, Any], directory: Path) -> Population:

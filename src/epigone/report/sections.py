@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from epigone.report.formats import count, duration, real
 from epigone.report.records import Node, Run, finite, number
-from epigone.report.summaries import Comparison, Series, spread
+from epigone.report.summaries import Comparison, Series, Tried, spread
 
 # Headlines are to be read at a glance: a population of fifty has its curves in the plot.
 _GROWTHS = 8
@@ -73,6 +73,23 @@ def _difference(one: Comparison) -> str:
     interval = f"95 % interval {_signed(one.low)} to {_signed(one.high)}, {len(one.pairs)} seeds"
     words = {"tie": "a tie", "better": "the student is better", "worse": "the control is better"}
     return f"{words[one.verdict]}: {interval}"
+
+
+def outcome(one: Tried) -> str:
+    """Whether a claim holds here, and in how many seeds."""
+    seeds = "one seed" if one.seeds == 1 else f"{one.holding} of {one.seeds} seeds"
+    where = {"holds": "holds", "holds on average": "holds on average", "does not hold": "does not hold at this scale"}
+    return f"{where[one.verdict]}: {seeds}"
+
+
+def measured(one: Tried) -> str:
+    """What a claim's groups came to, in its order: mean, and lowest to highest seed."""
+    parts = []
+    for group, found in zip(one.labels, one.measured, strict=True):
+        between = f" ({real(found.low)}–{real(found.high)})" if found.count > 1 else ""
+        parts.append(f"{group} {real(found.mean)}{between}")
+    sign = " < " if one.claim.factor == 1 else f" < {one.claim.factor:g} × "
+    return sign.join(parts) if one.verdict != "does not hold" else ", ".join(parts)
 
 
 def _signed(value: float) -> str:

@@ -1,5 +1,6 @@
 """Statistics over seeds: curves over generations, and students paired with their controls."""
 
+import itertools
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
@@ -8,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import stats
 
-from epigone.report.records import Node, Run, finite
+from epigone.report.records import Claim, Node, Run, finite
 
 
 @dataclass(frozen=True)
@@ -90,6 +91,56 @@ class Comparison:
         if aim is None or not all(aim < control for _, _, control in self.pairs):
             return None
         return spread(math.log(theirs / ours) / math.log(theirs / aim) for _, ours, theirs in self.pairs)
+
+
+@dataclass(frozen=True)
+class Tried:
+    """A claim held against the records: what was measured of each group, and the seeds in which all of it holds.
+
+    Groups are called as their curves are.
+
+    A group of which there is one node alone, such as a teacher of all, is the same in every seed.
+    """
+
+    claim: Claim
+    labels: tuple[str, ...]
+    measured: tuple[Spread, ...]
+    seeds: int
+    holding: int
+    on_average: bool
+
+    @property
+    def verdict(self) -> str:
+        """ "holds" in every seed, "holds on average", or "does not hold"."""
+        if self.holding == self.seeds:
+            return "holds"
+        return "holds on average" if self.on_average else "does not hold"
+
+
+def tried(run: Run) -> list[Tried]:
+    """The claims about groups that are all measured."""
+    return [one for claim in run.claims if (one := _try(claim, run)) is not None]
+
+
+def _try(claim: Claim, run: Run) -> Tried | None:
+    groups: list[dict[int, float]] = []
+    labels = []
+    for name in claim.order:
+        nodes = [node for node in run.nodes if node.group == name]
+        values = {node.seed: value for node in nodes if (value := node.metric(claim.metric)) is not None}
+        if not nodes or len(values) < len(nodes):
+            return None
+        groups.append(values)
+        labels.append(f"{nodes[0].regime}@{nodes[0].generation}")
+    seeds = sorted({seed for values in groups for seed in values if len(values) > 1} or {next(iter(groups[0]))})
+    rows = [[values.get(seed, next(iter(values.values()))) for values in groups] for seed in seeds]
+    means = [math.fsum(values.values()) / len(values) for values in groups]
+
+    def holds(row: Sequence[float]) -> bool:
+        return all(low < claim.factor * high for low, high in itertools.pairwise(row))
+
+    measured = tuple(found for values in groups if (found := spread(values.values())) is not None)
+    return Tried(claim, tuple(labels), measured, len(seeds), sum(map(holds, rows)), holds(means))
 
 
 def spread(values: Iterable[float | None]) -> Spread | None:

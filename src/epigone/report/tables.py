@@ -8,7 +8,7 @@ from io import StringIO
 from typing import Any
 
 from epigone.report.records import Node, Run, number
-from epigone.report.summaries import Comparison, Series
+from epigone.report.summaries import Comparison, Series, tried
 
 HEAD = (
     "key", "name", "generation", "seed", "kind", "family", "regime", "role", "identity", "status", "parents",
@@ -59,6 +59,7 @@ def results_json(run: Run, series: list[Series], compared: list[Comparison]) -> 
         "nodes": table,
         "series": [_series(one, table) for one in series],
         "comparisons": [_comparison(one) for one in compared],
+        "claims": [asdict(one) | {"verdict": one.verdict} for one in tried(run)],
         "populations": [asdict(population) for population in run.populations],
     }
     return json.dumps(_plain(results), indent=1, allow_nan=False, ensure_ascii=False) + "\n"
