@@ -38,7 +38,7 @@ def label_texts(arguments: Sequence[str]) -> None:
 
 
 def _label(lineage: Lineage, store: Store, nodes: list[Node], options: Any) -> None:
-    from epigone.grow import packed
+    from epigone.learning import packed
     from epigone.materials import Materials
     from epigone.processes import is_first
     from epigone.teaching import ask
