@@ -1,6 +1,5 @@
 """The trainer. One function, read from top to bottom."""
 
-import math
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -13,7 +12,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from epigone.data.pipeline import Batches
-from epigone.errors import Fault, Stopped
+from epigone.errors import Stopped
 from epigone.lessons import inner
 from epigone.lessons.objective import Objective
 from epigone.models.adapters import LowRank
@@ -26,7 +25,7 @@ from epigone.training.ahead import abstract_state
 from epigone.training.checkpoint import Checkpointer
 from epigone.training.config import Hardware, Training
 from epigone.training.events import Events
-from epigone.training.metrics import Clock, Progress, StepReport
+from epigone.training.metrics import Clock, Progress, StepReport, demand_finite
 from epigone.training.on_policy import TEXT_ONLY, OnPolicy
 from epigone.training.own_texts import OwnTexts
 from epigone.training.sharding import check_divisible, to_mesh
@@ -156,12 +155,7 @@ def train(
             """Read the metrics of a step, which waits for it: called when the next one has been started."""
             pairs = {name: (float(total), float(count)) for name, (total, count) in jax.device_get(metrics).items()}
             loss = pairs["loss"][0] / pairs["loss"][1]
-            if not (math.isfinite(loss) and math.isfinite(pairs["gradient_norm"][0])):
-                raise Fault(
-                    f"node '{key}': at step {step} the loss is {loss:g} and the norm of its gradient "
-                    f"{pairs['gradient_norm'][0]:g}: lower the learning rate ({training.optimizer.learning_rate:g}), "
-                    "lengthen the warm-up, or clip gradients"
-                )
+            demand_finite(key, step, loss, pairs["gradient_norm"][0], training.optimizer.learning_rate)
             progress.add(pairs)
             speed = clock.tick()
             if training.is_point(step):

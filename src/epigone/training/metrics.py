@@ -1,15 +1,27 @@
 """What training tells: sums and counts until the last moment, and a curve for the record."""
 
+import math
 import time
 from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+
+from epigone.errors import Fault
 
 Pair = tuple[float, float]
 """A sum and a count: their quotient is the metric, and pairs add up over steps, micro-batches and hosts."""
 
 RATE_WINDOW = 20
 """Steps over which tokens a second are measured: long enough to be steady, short enough to show a change."""
+
+
+def demand_finite(key: str, step: int, loss: float, gradient_norm: float, learning_rate: float) -> None:
+    """Raises Fault, which names the node, for a loss or a gradient that is not a number: a training ends there."""
+    if not (math.isfinite(loss) and math.isfinite(gradient_norm)):
+        raise Fault(
+            f"node '{key}': at step {step} the loss is {loss:g} and the norm of its gradient {gradient_norm:g}: lower "
+            f"the learning rate ({learning_rate:g}), lengthen the warm-up, or clip gradients"
+        )
 
 
 @dataclass(frozen=True)

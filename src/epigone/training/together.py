@@ -5,7 +5,6 @@ many models at once, these cost as much as for one. The results are those of `ep
 rounding of sums. There are no checkpoints: what is worth one is worth a run of its own.
 """
 
-import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -16,14 +15,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from epigone.data.pipeline import Batches, ahead
-from epigone.errors import Fault, Stopped, UserError
+from epigone.errors import Stopped, UserError
 from epigone.lessons.objective import Objective
 from epigone.models import decoder
 from epigone.models.config import DecoderConfig
 from epigone.teachers import Teacher, check_compatible
 from epigone.training.config import Training
 from epigone.training.loop import Trained
-from epigone.training.metrics import Clock, Progress, StepReport
+from epigone.training.metrics import Clock, Progress, StepReport, demand_finite
 from epigone.training.step import programs
 from epigone.training.stopping import StopRequest
 from epigone.training.student import Student
@@ -90,11 +89,8 @@ def train_together(
         found = {name: np.broadcast_arrays(*map(np.asarray, pair)) for name, pair in jax.device_get(metrics).items()}
         losses = found["loss"][0] / found["loss"][1]
         for number, one in enumerate(members):
-            if not (math.isfinite(losses[number]) and math.isfinite(found["gradient_norm"][0][number])):
-                raise Fault(
-                    f"node '{one.key}': at step {step} the loss is {losses[number]:g}: lower the learning rate "
-                    f"({training.optimizer.learning_rate:g}), lengthen the warm-up, or clip gradients"
-                )
+            norm, rate = found["gradient_norm"][0][number], training.optimizer.learning_rate
+            demand_finite(one.key, step, losses[number], norm, rate)
             pairs = {name: (float(total[number]), float(count[number])) for name, (total, count) in found.items()}
             each[number].add(pairs)
             sum_up.tokens += pairs["loss"][1]
