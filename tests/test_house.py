@@ -15,7 +15,9 @@ SOURCE = ROOT / "src" / "epigone"
 MAY_IMPORT = {
     "errors": set(),
     "identity": {"errors"},
-    "lineage": {"errors", "identity"},
+    "lineage": {"errors", "identity", "questions", "texts"},
+    "questions": {"errors", "identity", "texts"},
+    "texts": {"errors", "identity"},
     "regimes": {"errors", "lineage"},
     "pretrained": {
         "errors",

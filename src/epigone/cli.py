@@ -19,8 +19,7 @@ import tyro
 from tyro.constructors import PrimitiveConstructorSpec
 
 from epigone import __version__, runtime, watchdog
-from epigone.errors import Fault, Stopped, UserError
-from epigone.lineage import did_you_mean
+from epigone.errors import Fault, Stopped, UserError, did_you_mean
 from epigone.processes import several
 from epigone.storage.places import reached
 from epigone.storage.reasons import explained

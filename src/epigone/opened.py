@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from epigone.data.tokenizers import Tokenizer
-from epigone.errors import Fault, UserError
+from epigone.errors import Fault, UserError, did_you_mean
 from epigone.identity import fingerprint, restore
-from epigone.lineage import Node, did_you_mean
+from epigone.lineage import Node
 from epigone.materials import load_model
 from epigone.models.language_model import LanguageModel
 from epigone.storage.places import reached, resolve

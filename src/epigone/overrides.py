@@ -11,8 +11,8 @@ from typing import Any
 
 import docstring_parser
 
-from epigone.errors import UserError
-from epigone.lineage import Lineage, Node, did_you_mean
+from epigone.errors import UserError, did_you_mean
+from epigone.lineage import Lineage, Node
 
 
 def override(lineage: Lineage, assignments: Sequence[str]) -> Lineage:

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from epigone import __version__
-from epigone.errors import Busy, Fault, UserError
+from epigone.errors import Busy, Fault, UserError, did_you_mean
 from epigone.identity import canonical, fingerprint
-from epigone.lineage import Lineage, Node, Population, Written, did_you_mean
+from epigone.lineage import Lineage, Node, Population, Written
 from epigone.storage.places import on_store, write_whole
 
 

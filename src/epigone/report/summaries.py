@@ -97,9 +97,7 @@ class Comparison:
 class Tried:
     """A claim held against the records: what was measured of each group, and the seeds in which all of it holds.
 
-    Groups are called as their curves are.
-
-    A group of which there is one node alone, such as a teacher of all, is the same in every seed.
+    Groups are called as their curves are. One of a single node, such as a teacher of all, is the same in every seed.
     """
 
     claim: Claim

@@ -8,8 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from epigone.errors import UserError
-from epigone.lineage import did_you_mean
+from epigone.errors import UserError, did_you_mean
 from epigone.models.ngram import NGramModel
 from epigone.opened import OpenedNode
 

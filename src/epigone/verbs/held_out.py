@@ -8,8 +8,7 @@ from typing import Any, NamedTuple
 from epigone.data import corpora
 from epigone.data.embedded import TEXTS
 from epigone.data.tokenizers import Tokenizer
-from epigone.errors import UserError
-from epigone.lineage import did_you_mean
+from epigone.errors import UserError, did_you_mean
 from epigone.models.language_model import Document
 
 KINDS = (".txt", ".jsonl", ".parquet")

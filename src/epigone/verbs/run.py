@@ -89,7 +89,7 @@ def read_config(arguments: Sequence[str], verb: str, base: type = Run) -> tuple[
     if base is Run and given.json and not (verb == "run" and given.dry_run):
         raise UserError("--json prints a plan: give it as epigone run CONFIG --dry-run --json")
     if base is Run and given.jobs is not None:
-        _check_jobs(given)
+        _check_jobs(given, verb)
     options = {name: getattr(given, name) for name in inspect.signature(function).parameters}
     lineage = override(_called(function, options), given.set)
     directory = given.run or Path("runs") / lineage.name
@@ -98,9 +98,13 @@ def read_config(arguments: Sequence[str], verb: str, base: type = Run) -> tuple[
     return lineage, directory, given
 
 
-def _check_jobs(given: Any) -> None:
+def _check_jobs(given: Any, verb: str) -> None:
     from epigone.processes import several
 
+    if verb != "run":
+        raise UserError(
+            f"--jobs {given.jobs} grows nodes: give it to epigone run, and start epigone {verb} several times"
+        )
     if given.jobs < 1:
         raise UserError(f"--jobs {given.jobs}: at least one process has to grow nodes")
     if given.node is not None:
