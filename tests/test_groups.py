@@ -105,6 +105,22 @@ def test_a_run_with_groups_is_a_run_without_up_to_rounding(folder):
             )
 
 
+def test_a_group_begins_with_its_parents_weights_where_it_is_to(folder):
+    grow(load_config(folder / "abreast.py")(seeds=2, steps=60), folder / "fresh", view=tiny.Silent())
+    source = (folder / "abreast.py").read_text().replace("regimes.replace, name", "regimes.replace, warm=True, name")
+    (folder / "abreast.py").write_text(source)
+    lineage = load_config(folder / "abreast.py")(seeds=2, steps=60)
+    for run, most in (("together", 8), ("alone", 1)):
+        grow(lineage, folder / run, hardware=Hardware(together=most), view=tiny.Silent())
+    found, wanted, fresh = (records(folder / run) for run in ("together", "alone", "fresh"))
+    for key in ("copy@1", "copy@1.s1"):
+        assert found[key]["together"] == 2
+        assert [parent["role"] for parent in found[key]["parents"]].count("start") == 1
+        ours, theirs, other = (record[key]["curve"][0]["loss"] for record in (found, wanted, fresh))
+        assert ours == pytest.approx(theirs, rel=0.02)
+        assert ours < other - 0.3
+
+
 def start(folder, run):
     command = [sys.executable, "-m", "epigone", "run", "abreast.py", "--run", run, "--hardware.together", "4"]
     return subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)

@@ -156,6 +156,11 @@ def test_jobs_that_cannot_be_are_refused(folder, capsys, arguments, said):
     assert not (folder / "runs").exists()
 
 
+def test_jobs_grow_nodes_and_label_none(folder, capsys):
+    assert main(["label", "tiny.py", "--jobs", "2"]) == 2
+    assert "--jobs 2 grows nodes: give it to epigone run" in capsys.readouterr().err
+
+
 def test_several_processes_that_a_launcher_joined_do_not_part_again(folder, capsys, monkeypatch):
     monkeypatch.setattr("epigone.processes.several", lambda: True)
     monkeypatch.setattr("epigone.cli.several", lambda: False)
