@@ -15,7 +15,13 @@ from epigone.lessons.heads import Beside, Head, Hidden, members, product, read, 
 from epigone.lessons.sparse import Sparse
 
 LOGITS_BYTES = 450_000_000
-"""Bytes of the logits of a chunk, in float32, for each of the two models."""
+"""On a CPU, bytes of the logits of a chunk, in float32, for each of the two models."""
+
+DEVICE_BYTES = 2**29
+"""The same on an accelerator: 1,024 tokens of 128,256 scores, from which on larger chunks gain little."""
+
+TILE = 128
+"""An accelerator multiplies matrices in tiles of so many rows: a chunk of 820 costs more than one of 1,024."""
 
 ROWS_BYTES = 2**22
 """On a CPU, bytes of the rows whose losses are taken at once: what is made of them stays in the cache."""
@@ -53,9 +59,10 @@ def placed(mesh: Mesh, arguments: Any, where: Any) -> tuple[Mesh, Any]:
 
 def sizes(tokens: int, vocabulary: int, chunk: int | None) -> tuple[int, int, int]:
     """How many chunks, tokens of a chunk, and rows of it whose losses are taken at once, which divide it."""
-    pieces, C = parts(tokens, chunk or LOGITS_BYTES // (4 * vocabulary))
     if platform_in_use() != "cpu":
+        pieces, C = tiled(tokens, chunk or DEVICE_BYTES // (4 * vocabulary))
         return pieces, C, C
+    pieces, C = parts(tokens, chunk or LOGITS_BYTES // (4 * vocabulary))
     blocks, R = parts(C, ROWS_BYTES // (4 * vocabulary))
     return pieces, blocks * R, R
 
@@ -64,6 +71,19 @@ def parts(size: int, most: int) -> tuple[int, int]:
     """How many parts of one size, at most `most`, hold it, and that size."""
     count = -(-size // max(1, most))
     return count, -(-size // count)
+
+
+def tiled(size: int, most: int) -> tuple[int, int]:
+    """The same in whole tiles, with the least that is empty; what is less than two tiles a part is cut as it is."""
+    count, length = parts(size, most)
+    if count == 1 or most < 2 * TILE:
+        return count, length
+
+    def tiles(count: int) -> int:
+        return -(-size // (count * TILE)) * TILE
+
+    count = min(range(-(-size // (most // TILE * TILE)), 2 * count + 1), key=lambda count: count * tiles(count))
+    return count, tiles(count)
 
 
 def cut(pieces: int, C: int, tree: Any) -> Any:
