@@ -28,7 +28,8 @@ test-slurm: $(DEV_READY)
 test-faults: $(DEV_READY)
 	$(BIN)/python tests/faults
 
-# The plan's compiler for TPUs, which says much where there is none: so it has a place of its own.
+# The plan's compiler for TPUs, which says much where there is none: so it has a place of its own. It must be the one that
+# belongs to the JAX of requirements.txt: what newer ones write cannot be read.
 test-plan: $(DEV_READY) $(LIBTPU)/.ready
 	PYTHONPATH="$(CURDIR)/$(LIBTPU)" $(BIN)/python -m pytest -q tests/planning
 
@@ -68,8 +69,8 @@ $(DEV_READY): requirements-dev.txt $(SMOLLM2_READY)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
 	touch $@
 
-$(LIBTPU)/.ready: pyproject.toml | $(BIN)/python
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target $(LIBTPU) 'libtpu>=0.0.42.1'
+$(LIBTPU)/.ready: Makefile | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target $(LIBTPU) 'libtpu==0.0.42.1'
 	touch $@
 
 $(LAUNCH)/.ready: requirements-launch.txt

@@ -1,13 +1,17 @@
 """Steps of nodes for devices that are not here: counted anywhere, compiled for TPUs through libtpu."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
+import jax
 import pytest
 from small_steps import OVER_ALL, STUDENT, TEACHER, step
 
+from epigone.errors import UserError
 from epigone.lessons.objective import Objective
 from epigone.models import decoder
 from epigone.models.adapters import LowRank
+from epigone.planning import steps
 from epigone.planning.estimate import Plan
 from epigone.planning.steps import compiled, counted
 from epigone.planning.topologies import topology
@@ -70,6 +74,15 @@ def test_a_program_that_is_too_large_is_told_by_the_compiler():
     large = replace(STUDENT, model_size=16384, heads=128, kv_heads=128, layers=8)
     said = compiled(step(large, None, batch=8), topology("v5e:2x2"), Hardware(fsdp=4))
     assert said.used > said.limit > 15e9
+
+
+def test_a_compiler_that_is_too_new_is_told_and_which_one_is_wanted(monkeypatch):
+    def cannot():
+        raise jax.errors.JaxRuntimeError("RET_CHECK failure: async-update should have 1 operands but sees 3")
+
+    monkeypatch.setattr(steps, "version", lambda name: "0.0.99")
+    with pytest.raises(UserError, match=r"libtpu 0\.0\.99 .* JAX .* cannot read: pip install 'libtpu==.*' *, or"):
+        steps._text(SimpleNamespace(as_text=cannot))
 
 
 def test_moments_on_the_host_leave_the_device_and_take_time():

@@ -5,6 +5,7 @@ import re
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from importlib.metadata import requires, version
 from math import prod
 from typing import Any
 from unittest import mock
@@ -237,9 +238,23 @@ def compiled(step: Step, where: Topology, hardware: Hardware) -> Compiled:
     return Compiled(
         temporaries=float(said.temp_size_in_bytes),
         arguments=float(said.argument_size_in_bytes + said.output_size_in_bytes - said.alias_size_in_bytes),
-        exchanged=exchanges(program.as_text()),
+        exchanged=exchanges(_text(program)),
         seconds=time.monotonic() - began,
     )
+
+
+def _text(program: jax.stages.Compiled) -> str:
+    """The compiled program. Raises: UserError where the compiler is newer than what reads it."""
+    try:
+        return program.as_text() or ""
+    except jax.errors.JaxRuntimeError:
+        wanted = next(
+            (line.partition(";")[0] for line in requires("jax") or () if line.startswith("libtpu")), "libtpu"
+        ).strip()
+        raise UserError(
+            f"libtpu {version('libtpu')} writes programs that JAX {jax.__version__} cannot read: "
+            f"pip install '{wanted}', or plan by --no-compile"
+        ) from None
 
 
 def parameters(config: DecoderConfig) -> int:
