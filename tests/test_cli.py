@@ -194,6 +194,8 @@ def test_help_names_every_verb_and_every_field(grown, capsys):
         (["run", "CONFIG", "--set", "evaluation.contexts=0"], "contexts=0"),
         (["run", "CONFIG", "--set", "student.lesson.start_from=trigram@0"], "no weights to start from"),
         (["run", "CONFIG", "--set", "trigram.lesson.teacher=teacher@0"], "counts words"),
+        (["run", "CONFIG", "--set", "student.lesson.objective=None"], "needs an objective"),
+        (["run", "CONFIG", "--dry-run", "--set", "teacher.lesson.training=None"], "needs an objective and a training"),
         (["run", "CONFIG", "--set", "trigram.name=../../escape"], "use letters, digits"),
         (["report", "nowhere"], "'nowhere'"),
     ],

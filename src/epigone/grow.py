@@ -22,6 +22,7 @@ from epigone.lineage import Lineage, Node, Text, TrainedTokenizer, Written
 from epigone.materials import Materials
 from epigone.measure import compared, measured
 from epigone.models.ngram import NGram
+from epigone.plan import check_trained
 from epigone.processes import first_then_all, is_first, wait
 from epigone.starting import check_quantization, check_start
 from epigone.storage.places import relative, remove
@@ -129,13 +130,13 @@ def check(nodes: list[Node], materials: Materials) -> None:
                 raise UserError(f"node '{node.key}' counts words: it takes text alone, no weights, teacher, start")
             if not isinstance(node.tokenizer, TrainedTokenizer):
                 raise UserError(f"node '{node.key}' counts words: it reads a tokenizer that is trained here, no other")
-        elif lesson.source is None and (lesson.training is None or lesson.objective is None):
-            raise UserError(f"node '{node.key}' is trained: its lesson needs an objective and a training")
         elif not (lesson.source or lesson.adapters) and node.model.weights_dtype != "float32":
             raise UserError(
                 f"node '{node.key}' is trained, and weights_dtype '{node.model.weights_dtype}' rounds small steps "
                 "away: give it weights_dtype='float32' (dtype sets the type of the computation)"
             )
+        else:
+            check_trained(node)
         if getattr(node.model, "quantization", None):
             check_quantization(node, materials)
         if lesson.start_from:

@@ -5,6 +5,7 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
+from epigone.errors import UserError
 from epigone.lineage import Lineage, Node, Text, TrainedTokenizer
 from epigone.materials import Materials, TokenizerConfig, longest
 from epigone.models.ngram import NGram
@@ -83,6 +84,12 @@ def _plan_node(node: Node, lineage: Lineage, store: Store, materials: Materials)
     return _plan_decoder(row, node, lineage, materials)
 
 
+def check_trained(node: Node) -> None:
+    """Raises: UserError for a decoder without weights whose lesson does not say how it is trained."""
+    if node.lesson.source is None and (node.lesson.training is None or node.lesson.objective is None):
+        raise UserError(f"node '{node.key}' is trained: its lesson needs an objective and a training")
+
+
 def _plan_decoder(row: PlannedNode, node: Node, lineage: Lineage, materials: Materials) -> PlannedNode:
     """Training takes 16 bytes a weight (gradient and moments too), 4 of an average and of a teacher, and logits.
 
@@ -93,6 +100,7 @@ def _plan_decoder(row: PlannedNode, node: Node, lineage: Lineage, materials: Mat
     from epigone.models.decoder import flops_per_token, parameter_count
     from epigone.training.student import Student
 
+    check_trained(node)
     training, config = node.lesson.training, sized(node, materials)
     length = training.sequence_length
     tokens = training.steps * training.batch_size * length
