@@ -16,7 +16,7 @@ CONFIG = Path(__file__).parent.parent / "configs" / "cached_scores.py"
 @pytest.fixture(scope="module")
 def records(tmp_path_factory):
     """Records by name, one seed, little text and few steps."""
-    lineage = load_config(CONFIG)(seeds=1, tokens=8_000, scale=0.1)
+    lineage = load_config(CONFIG)(seeds=1, tokens=8_000, scale=0.05)
     few = dataclasses.replace(lineage.evaluation.text, tokens=3_000)
     evaluation = dataclasses.replace(lineage.evaluation, text=few, write_tokens=0, contexts=50, prompts=())
     lineage = dataclasses.replace(lineage, evaluation=evaluation)
