@@ -29,4 +29,4 @@ def test_tiles_hold_all_within_the_limit(size, most):
 @pytest.mark.parametrize(("platform", "expected"), [("tpu", (4, 1024, 1024)), ("gpu", (4, 1024, 1024))])
 def test_accelerators_have_tiles_and_no_rows_of_their_own(platform, expected, monkeypatch):
     monkeypatch.setattr(chunks, "platform_in_use", lambda: platform)
-    assert chunks.sizes(4096, 128_256, None) == expected
+    assert chunks.with_rows(4096, 128_256, None) == expected

@@ -14,14 +14,11 @@ from epigone.lessons.ensemble import Several
 from epigone.lessons.heads import Beside, Head, Hidden, members, product, read, weights_of, with_members
 from epigone.lessons.sparse import Sparse
 
-LOGITS_BYTES = 450_000_000
-"""On a CPU, bytes of the logits of a chunk, in float32, for each of the two models."""
-
-DEVICE_BYTES = 2**29
-"""The same on an accelerator: 1,024 tokens of 128,256 scores, from which on larger chunks gain little."""
+LOGITS_BYTES = {"cpu": 450_000_000, "accelerator": 2**29}
+"""Bytes of the logits of a chunk, in float32, for each of two models; the second is 1,024 tokens of 128,256 scores."""
 
 TILE = 128
-"""An accelerator multiplies matrices in tiles of so many rows: a chunk of 820 costs more than one of 1,024."""
+"""An accelerator multiplies matrices in tiles of so many rows: the last one costs as much if it is half empty."""
 
 ROWS_BYTES = 2**22
 """On a CPU, bytes of the rows whose losses are taken at once: what is made of them stays in the cache."""
@@ -57,12 +54,22 @@ def placed(mesh: Mesh, arguments: Any, where: Any) -> tuple[Mesh, Any]:
     return mesh, jax.tree.map(jax.reshard, arguments, where)
 
 
-def sizes(tokens: int, vocabulary: int, chunk: int | None) -> tuple[int, int, int]:
-    """How many chunks, tokens of a chunk, and rows of it whose losses are taken at once, which divide it."""
+def logits_bytes() -> int:
+    """LOGITS_BYTES where what is traced now will run."""
+    return LOGITS_BYTES["cpu" if platform_in_use() == "cpu" else "accelerator"]
+
+
+def sizes(tokens: int, vocabulary: int, chunk: int | None) -> tuple[int, int]:
+    """How many chunks, and tokens of a chunk: at most `chunk`, by default as LOGITS_BYTES allow."""
+    cut_up = parts if platform_in_use() == "cpu" else tiled
+    return cut_up(tokens, chunk or logits_bytes() // (4 * vocabulary))
+
+
+def with_rows(tokens: int, vocabulary: int, chunk: int | None) -> tuple[int, int, int]:
+    """The same, and rows of a chunk whose losses are taken at once, which divide it."""
+    pieces, C = sizes(tokens, vocabulary, chunk)
     if platform_in_use() != "cpu":
-        pieces, C = tiled(tokens, chunk or DEVICE_BYTES // (4 * vocabulary))
         return pieces, C, C
-    pieces, C = parts(tokens, chunk or LOGITS_BYTES // (4 * vocabulary))
     blocks, R = parts(C, ROWS_BYTES // (4 * vocabulary))
     return pieces, blocks * R, R
 
@@ -145,7 +152,7 @@ def _map_local(
     states = given.hidden_BTD if isinstance(given, Hidden) else given
     V = states.shape[2] if weights is None else len(weights[0])
     V *= 1 if vocab is None else jax.lax.axis_size(vocab)
-    pieces, C = parts(states.shape[0] * states.shape[1], chunk or LOGITS_BYTES // (4 * V))
+    pieces, C = sizes(states.shape[0] * states.shape[1], V, chunk)
 
     def piece(part: Any) -> Any:
         states_CD, *rest = part

@@ -23,7 +23,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
 from epigone.devices import platform_in_use
-from epigone.lessons.chunks import Mesh, cut, placed, sizes, specs, whole
+from epigone.lessons.chunks import Mesh, cut, placed, specs, whole, with_rows
 from epigone.lessons.ensemble import Several
 from epigone.lessons.heads import (
     Beside,
@@ -185,7 +185,7 @@ class _Chunked(NamedTuple):
 
 def _chunked(how: Fused, knobs: Any, student: Hidden, teacher: Any, *rows: Any) -> _Chunked:
     most = max(student.weight_VD.shape[0], *map(rows_of, members(teacher)))
-    pieces, C, R = sizes(student.hidden_BTD[..., 0].size, most, how.chunk)
+    pieces, C, R = with_rows(student.hidden_BTD[..., 0].size, most, how.chunk)
     # A bias counts as one that differs between devices: else its gradient would be summed over them at every chunk.
     bias_V = None if student.bias_V is None else _varying(student.bias_V, how.mesh.batch)
     weights = (student.weight_VD.astype(student.hidden_BTD.dtype), bias_V)
