@@ -119,6 +119,16 @@ def test_a_dry_run_plans_and_grows_nothing(tmp_path, capsys):
     assert not (tmp_path / "runs" / "tiny" / "nodes").exists()
 
 
+def test_a_plan_touches_no_device(tmp_path, monkeypatch):
+    """It is made before processes join, and where jobs are submitted from: JAX would end at a platform of this name."""
+    tiny.write_config(tmp_path)
+    monkeypatch.setenv("JAX_PLATFORMS", "nonesuch")
+    process = start(tmp_path, "--dry-run")
+    shown, told = process.communicate(timeout=120)
+    assert process.returncode == 0, told
+    assert "6 nodes, 0 done" in shown
+
+
 def test_a_changed_field_grows_only_what_descends_from_it(folder):
     before = records(folder)
     assert run(folder, "--set", "teacher.lesson.training.steps=9") == 0

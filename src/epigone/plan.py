@@ -96,7 +96,7 @@ def _plan_decoder(row: PlannedNode, node: Node, lineage: Lineage, materials: Mat
     Weights beside adapters take their own size.
     """
     from epigone.lessons import inner
-    from epigone.lessons.chunks import logits_bytes
+    from epigone.lessons.chunks import LOGITS_BYTES
     from epigone.models.decoder import flops_per_token, parameter_count
     from epigone.training.student import Student
 
@@ -108,7 +108,7 @@ def _plan_decoder(row: PlannedNode, node: Node, lineage: Lineage, materials: Mat
     per_token, memory = student.flops_per_token(length), 16 * student.parameter_count()
     if student.adapters:
         memory += parameter_count(config) * (4 if config.weights_dtype == "float32" else 2)
-    logits = min(logits_bytes(), 4 * training.batch_size * length * config.vocab_size)
+    logits = min(max(LOGITS_BYTES.values()), 4 * training.batch_size * length * config.vocab_size)
     memory += logits
     memory += 4 * student.parameter_count() if training.ema_decay is not None else 0
     if node.lesson.mean_teacher:

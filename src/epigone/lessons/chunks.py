@@ -54,15 +54,10 @@ def placed(mesh: Mesh, arguments: Any, where: Any) -> tuple[Mesh, Any]:
     return mesh, jax.tree.map(jax.reshard, arguments, where)
 
 
-def logits_bytes() -> int:
-    """LOGITS_BYTES where what is traced now will run."""
-    return LOGITS_BYTES["cpu" if platform_in_use() == "cpu" else "accelerator"]
-
-
 def sizes(tokens: int, vocabulary: int, chunk: int | None) -> tuple[int, int]:
     """How many chunks, and tokens of a chunk: at most `chunk`, by default as LOGITS_BYTES allow."""
-    cut_up = parts if platform_in_use() == "cpu" else tiled
-    return cut_up(tokens, chunk or logits_bytes() // (4 * vocabulary))
+    cut_up, kind = (parts, "cpu") if platform_in_use() == "cpu" else (tiled, "accelerator")
+    return cut_up(tokens, chunk or LOGITS_BYTES[kind] // (4 * vocabulary))
 
 
 def with_rows(tokens: int, vocabulary: int, chunk: int | None) -> tuple[int, int, int]:
