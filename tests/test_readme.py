@@ -15,7 +15,7 @@ from epigone.data.tokenizers import Words
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
-MEASURED = {"text.tokens": 3000, "write_tokens": 1000, "contexts": 50}
+MEASURED = {"text.tokens": 1000, "write_tokens": 300, "contexts": 20}
 SHRUNK = ["--seeds", "1", "--generations", "1", "--scale", "0.004"]
 SHRUNK += [word for name, size in MEASURED.items() for word in ("--set", f"evaluation.{name}={size}")]
 

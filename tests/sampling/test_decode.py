@@ -64,8 +64,11 @@ def test_samples_do_not_depend_on_their_company():
 def test_written_documents_do_not_depend_on_slots_and_are_samples_of_an_empty_prompt():
     few, many = model(slots=4).write(300, 5, max_length=10), model(slots=32).write(300, 5, max_length=10)
     assert len(few) == len(many)
+    short = model().write(60, 5, max_length=10)
     for a, b in zip(few, many, strict=True):
         np.testing.assert_array_equal(a, b)
+    for document, one in zip(few, short, strict=False):
+        np.testing.assert_array_equal(document, one)
     (drawn,) = sample(LLAMA, spread_params(LLAMA), [PROMPTS[1]], 5, samples=6, length=10, slots=8)
     for document, one in zip(few, drawn, strict=False):
         np.testing.assert_array_equal(document, one.tokens[one.tokens != EOS])
@@ -183,12 +186,12 @@ def test_finished_rows_end_the_loop_early():
 
 def test_same_text_on_a_mesh():
     config = dataclasses.replace(LLAMA, kv_heads=2)
-    alone = DecoderLanguageModel(config, init(config, 0), slots=8).write(60, 0, max_length=8)
+    alone = DecoderLanguageModel(config, init(config, 0), slots=8).write(80, 0, max_length=8)
     prompted = sample(config, init(config, 0), PROMPTS, 0, length=4, slots=8)
     with jax.set_mesh(make_mesh(2, 2, 2)):
         params = init(config, 0)
         cut = DecoderLanguageModel(config, params, slots=8)
-        for a, b in zip(cut.write(60, 0, max_length=8), alone, strict=True):
+        for a, b in zip(cut.write(80, 0, max_length=8), alone, strict=True):
             np.testing.assert_array_equal(a, b)
         for (a,), (b,) in zip(sample(config, params, PROMPTS, 0, length=4, slots=8), prompted, strict=True):
             np.testing.assert_array_equal(a.tokens, b.tokens)
@@ -196,7 +199,7 @@ def test_same_text_on_a_mesh():
 
 
 def test_models_of_one_config_share_what_is_compiled():
-    model().write(50, 0, max_length=10)
+    model().write(90, 0, max_length=10)
     with compiled_names() as names:
         DecoderLanguageModel(LLAMA, spread_params(LLAMA, seed=1), slots=8).write(70, 9, max_length=9, temperature=0.7)
     assert not {"decode", "start_empty"} & set(names)

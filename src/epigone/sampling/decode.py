@@ -17,11 +17,13 @@ from epigone.models.language_model import MAX_LENGTH, Document, Specials
 from epigone.models.sharding import Sharding, batch_parts
 from epigone.sampling.beam import beam_search
 from epigone.sampling.loop import IDLE, Drawn, Knobs, Prepared, Until, decode, prepare, start_empty, switches
-from epigone.sampling.scores import bucket, embeddings, next_scores, windows_of, windows_scores
+from epigone.sampling.scores import FEW, bucket, embeddings, next_scores, windows_of, windows_scores
 from epigone.sampling.slots import CHUNK, Piece, Work, pieces, round_up
 
 SLOTS = 128
 """Texts that are written side by side."""
+SHORT = 8
+"""Tokens of a short text. Where so many for each slot are not asked for, there are fewer slots."""
 STREAMED = 8
 """Tokens of a text between two looks at it, where it is shown while it grows."""
 
@@ -187,7 +189,8 @@ class DecoderLanguageModel:
         """What was drawn, chunk by chunk, until every document that was started has ended."""
         config, sharding, key = self.config, self.sharding, jax.random.key(seed)
         switch = switches(knobs)
-        rows = round_up(self.slots, batch_parts(sharding))
+        wanted = self.slots if tokens >= SHORT * self.slots else max(1, self.slots // FEW)
+        rows = round_up(wanted, batch_parts(sharding))
         state = start_empty(config, sharding, rows, bucket(limit), self.params, np.int32(limit))
         until = Until(CHUNK, rows, tokens)
         live = True

@@ -20,6 +20,8 @@ LOGITS = 2**25
 """Logits that are held at once: 128 MiB."""
 TOKENS = 2**13
 """Tokens that are scored at once, at most."""
+FEW = 8
+"""A short text has one in so many of the rows, and no other number, so that few shapes are compiled."""
 CONTEXTS = 32
 """Contexts whose next token is scored at once, at most."""
 
@@ -76,6 +78,8 @@ def windows_scores(
         by_length.setdefault(min(bucket(len(window.inputs)), config.max_length), []).append(window)
     for T, group in sorted(by_length.items()):
         rows = fitting_rows(config, sharding, T, T)
+        if len(group) <= rows // FEW:
+            rows = fitting_rows(config, sharding, T, T, rows // FEW)
         chunk = fitting_chunk(config, rows)
         for start in range(0, len(group), rows):
             part = group[start : start + rows]
