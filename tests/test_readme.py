@@ -17,7 +17,10 @@ ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 MEASURED = {"text.tokens": 1000, "write_tokens": 300, "contexts": 20}
 SHRUNK = ["--seeds", "1", "--generations", "1", "--scale", "0.004"]
+READ = {"teacher.lesson.text.0": 20_000, "pupil.lesson.text.0": 2_000, "self-replace.lesson.text.0": 2_000}
+READ |= {"self-accumulate.lesson.text.1": 2_000}
 SHRUNK += [word for name, size in MEASURED.items() for word in ("--set", f"evaluation.{name}={size}")]
+SHRUNK += [word for name, size in READ.items() for word in ("--set", f"{name}.tokens={size}")]
 
 
 def commands(first_word: str) -> list[str]:
