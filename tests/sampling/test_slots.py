@@ -16,6 +16,7 @@ from epigone.models.sharding import make_mesh
 from epigone.sampling import loop, slots
 from epigone.sampling.decode import DecoderLanguageModel, sample
 from epigone.sampling.draw import draw, token_keys
+from epigone.sampling.watermark import GreenList, Gumbel, Tournament
 
 CONFIG = dataclasses.replace(
     LLAMA, max_length=40, window=9, window_pattern=(False, True), specials=Specials(2, 2, 2, stops=(5, 6), never=(7,))
@@ -37,11 +38,17 @@ def next_logits(text):
     return forward(CONFIG, PARAMS, *row)[:, count - 1]
 
 
-def alone(i, j, greedy=False):
+def alone(i, j, greedy=False, mark=None, temperature=1.0):
     """Sample j of prompt i, token by token, with nothing kept from one to the next."""
     text = PROMPTS[i]
     while len(text) < min(len(PROMPTS[i]) + LENGTH, CONFIG.max_length):
         logits = next_logits(text)
+        if mark:
+            before = np.r_[[CONFIG.specials.bos] * mark.width, text][-mark.width :].astype(np.int32)
+            if mark.before_temperature:
+                logits = mark(logits, before[None]) / temperature
+            elif not greedy:
+                logits = mark(logits / temperature, before[None])
         key = token_keys(jax.random.key(SEED), *(jnp.array([n]) for n in (i, j, len(text))))
         text = np.r_[text, int(jnp.argmax(logits) if greedy else drawn_from(logits, key)[0])].astype(np.int32)
         if text[-1] in (2, 5, 6):
@@ -71,6 +78,37 @@ def test_greedy_texts_in_turns_are_those_of_the_full_forward_pass():
     found = sample(CONFIG, PARAMS, PROMPTS, SEED, length=LENGTH, temperature=0.0, slots=4)
     for i, (text,) in enumerate(found):
         np.testing.assert_array_equal(text.tokens, alone(i, 0, greedy=True))
+
+
+MARKS = [GreenList(3, width=2), GreenList(3, width=23), Gumbel(3, width=3), Tournament(3, width=1)]
+"""Contexts that are shorter than a prompt, and one that is longer than every prompt."""
+
+
+def marked_and_temperature(mark):
+    return sample(CONFIG, PARAMS, PROMPTS, SEED, samples=2, length=LENGTH, slots=4, temperature=0.8, mark=mark)
+
+
+@pytest.mark.parametrize("mark", MARKS)
+def test_a_mark_reads_the_tokens_before_of_its_own_text(mark, together):
+    found = marked_and_temperature(mark)
+    for i, row in enumerate(found):
+        for j, text in enumerate(row):
+            np.testing.assert_array_equal(text.tokens, alone(i, j, mark=mark, temperature=0.8))
+            for n in (0, len(text.tokens) - 1):
+                scores = jax.nn.log_softmax(next_logits(np.r_[PROMPTS[i], text.tokens[:n]]))[0]
+                assert text.log_probs[n] == pytest.approx(float(scores[text.tokens[n]]), abs=1e-5)
+    pairs = zip(chain(*found), chain(*together), strict=True)
+    assert any(not np.array_equal(a.tokens, b.tokens) for a, b in pairs)
+
+
+@pytest.mark.parametrize("mark", [GreenList(3), Gumbel(3)])
+def test_a_mark_that_stands_in_for_the_draw_has_no_say_in_greedy_text(mark):
+    found = sample(CONFIG, PARAMS, PROMPTS, SEED, length=LENGTH, temperature=0.0, slots=4, mark=mark)
+    plain = sample(CONFIG, PARAMS, PROMPTS, SEED, length=LENGTH, temperature=0.0, slots=4)
+    for i, (text,) in enumerate(found):
+        np.testing.assert_array_equal(text.tokens, alone(i, 0, greedy=True, mark=mark))
+    same = [np.array_equal(a.tokens, b.tokens) for (a,), (b,) in zip(found, plain, strict=True)]
+    assert all(same) != mark.before_temperature
 
 
 def assert_same(found, expected):
@@ -163,6 +201,15 @@ def test_turns_on_a_mesh(together):
     with jax.set_mesh(make_mesh(2, 2, 2)):
         params = jax.tree.map(jax.device_put, PARAMS, placements())
         assert_same(sample(CONFIG, params, PROMPTS, SEED, samples=2, length=LENGTH, slots=4), together)
+
+
+@pytest.mark.parametrize("mark", MARKS[1:])
+def test_marks_on_a_mesh(mark):
+    expected = marked_and_temperature(mark)
+    with jax.set_mesh(make_mesh(2, 2, 2)):
+        params = jax.tree.map(jax.device_put, PARAMS, placements())
+        knobs = {"samples": 2, "length": LENGTH, "slots": 4, "temperature": 0.8}
+        assert_same(sample(CONFIG, params, PROMPTS, SEED, mark=mark, **knobs), expected)
 
 
 def placements():

@@ -19,6 +19,7 @@ from epigone.sampling.beam import beam_search
 from epigone.sampling.loop import IDLE, Drawn, Knobs, Prepared, Until, decode, prepare, start_empty, switches
 from epigone.sampling.scores import FEW, bucket, embeddings, next_scores, windows_of, windows_scores
 from epigone.sampling.slots import CHUNK, Piece, Work, pieces, round_up
+from epigone.sampling.watermark import Mark
 
 SLOTS = 128
 """Texts that are written side by side."""
@@ -52,16 +53,19 @@ def sample(
     slots: int = SLOTS,
     sharding: Sharding = Sharding(),
     prepared: Prepared | None = None,
+    mark: Mark | None = None,
 ) -> list[list[Sample]]:
     """Continue bos + each prompt `samples` times, by up to `length` tokens, until eos, a stop or the max_length.
 
     Sample j of prompt i depends on the prompt and on (seed, i, j) alone, not on the other rows or on `slots`,
-    up to float32 rounding. `prepared` are the same parameters as `loop.prepare` gives them, if they are at hand.
+    up to float32 rounding. `prepared` are the same parameters as `loop.prepare` gives them, if they are at hand. A
+    `mark` changes what is drawn, by the tokens before.
     Raises UserError for a prompt that leaves no room for a token.
     """
     work, knobs = Work(prompts, samples, length, slots), Knobs(temperature, top_k, top_p)
+    ready = prepared or prepare(config, sharding, params)
     grown: list[list[list[Piece]]] = [[[] for _ in range(samples)] for _ in prompts]
-    for piece in pieces(config, sharding, prepared or prepare(config, sharding, params), work, seed, knobs):
+    for piece in pieces(config, sharding, ready, work, seed, knobs, mark=mark):
         grown[piece.prompt][piece.sample].append(piece)
     return [[_joined(parts) for parts in row] for row in grown]
 

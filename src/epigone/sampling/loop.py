@@ -15,6 +15,7 @@ from epigone.models.sharding import Sharding, in_mesh, placed
 from epigone.sampling import processors
 from epigone.sampling.cache import Ring, empty_rings, lay, read_all, read_one, ready
 from epigone.sampling.draw import draw, token_keys
+from epigone.sampling.watermark import Mark
 
 IDLE = -1
 """In the record of a step: this row drew nothing."""
@@ -39,12 +40,14 @@ class Switches(NamedTuple):
 class State(NamedTuple):
     """What the loop carries. B rows; a row's position is that of the token it reads next in its document.
 
+    `context_BH` are the H tokens that a watermark looks at, of which the last is `token_B`; H may be 0.
     `next_sample` is the index of the next document to start; `finished` counts the tokens of the finished ones,
     each with its eos.
     """
 
     step: jax.Array
     token_B: jax.Array
+    context_BH: jax.Array
     position_B: jax.Array
     limit_B: jax.Array
     prompt_B: jax.Array
@@ -99,18 +102,25 @@ def _layer(config: DecoderConfig, sharding: Sharding, params: nnx.State, index: 
     return {name: jax.lax.dynamic_index_in_dim(w, index, keepdims=False) for name, w in weights.items()}
 
 
-@partial(jax.jit, static_argnames=("config", "sharding", "rows", "columns"))
+@partial(jax.jit, static_argnames=("config", "sharding", "rows", "columns", "width"))
 def start_empty(
-    config: DecoderConfig, sharding: Sharding, rows: int, columns: int, params: nnx.State, limit: jax.Array
+    config: DecoderConfig,
+    sharding: Sharding,
+    rows: int,
+    columns: int,
+    params: nnx.State,
+    limit: jax.Array,
+    width: int = 0,
 ) -> State:
     """Every row at the start of a document of its own, samples 0, 1, ... of prompt 0; with limit 0 no row is live."""
     model = nnx.merge(structure(config, sharding), params)
     token_B, sample_B = jnp.full((rows,), config.specials.bos, jnp.int32), jnp.arange(rows, dtype=jnp.int32)
     zero_B, zero = jnp.zeros_like(token_B), jnp.int32(0)
-    begun_B = (token_B, zero_B, zero_B + limit, zero_B, sample_B, zero_B + limit > 0)
+    context_BH = jnp.broadcast_to(token_B[:, None], (rows, width))
+    begun_B = (token_B, context_BH, zero_B, zero_B + limit, zero_B, sample_B, zero_B + limit > 0)
     # What is known about rows is small, and whole on every device.
-    token_B, position_B, limit_B, prompt_B, sample_B, live_B = (placed(x, P()) for x in begun_B)
-    known = (token_B, position_B, limit_B, prompt_B, sample_B, live_B)
+    token_B, context_BH, position_B, limit_B, prompt_B, sample_B, live_B = (placed(x, P()) for x in begun_B)
+    known = (token_B, context_BH, position_B, limit_B, prompt_B, sample_B, live_B)
     return State(zero, *known, jnp.int32(rows), zero, empty_rings(model, rows, columns))
 
 
@@ -139,6 +149,10 @@ def refill(config: DecoderConfig, sharding: Sharding, prepared: Prepared, state:
         read = (texts.tokens_RT, jnp.maximum(places_RT, 0), (places_RT >= 0).astype(jnp.int32))
         kept = read_all(model, *(placed(x[:, :-1], sharding.activation("BT")) for x in read))
         rings = lay(model, rings, *kept, slot_R, state.step - (T - 1))
+    H = state.context_BH.shape[1]
+    places_RH = jnp.arange(T - H, T)[None] - (T - texts.length_R[:, None])
+    last_RH = jnp.take(texts.tokens_RT, jnp.arange(T - H, T), axis=1, mode="clip")
+    context_RH = jnp.where(places_RH > 0, last_RH, config.specials.bos)
 
     def put(old_B: jax.Array, new_R: jax.Array) -> jax.Array:
         return old_B.at[slot_R].set(new_R)
@@ -146,6 +160,7 @@ def refill(config: DecoderConfig, sharding: Sharding, prepared: Prepared, state:
     return state._replace(
         rings=rings,
         token_B=put(state.token_B, texts.tokens_RT[:, -1]),
+        context_BH=put(state.context_BH, context_RH),
         position_B=put(state.position_B, texts.length_R - 1),
         limit_B=put(state.limit_B, texts.limit_R),
         prompt_B=put(state.prompt_B, texts.prompt_R),
@@ -166,7 +181,7 @@ class Until(NamedTuple):
     wanted: int = 0
 
 
-@partial(jax.jit, static_argnames=("config", "sharding", "chunk", "switch"), donate_argnames=("state",))
+@partial(jax.jit, static_argnames=("config", "sharding", "chunk", "switch", "mark"), donate_argnames=("state",))
 def decode(
     config: DecoderConfig,
     sharding: Sharding,
@@ -177,8 +192,12 @@ def decode(
     seed_key: jax.Array,
     knobs: Knobs,
     until: Until,
+    mark: Mark | None = None,
 ) -> tuple[State, Drawn]:
-    """At most `chunk` steps, for which the record has room; fewer as `until` says, or when every row has ended."""
+    """At most `chunk` steps, for which the record has room; fewer as `until` says, or when every row has ended.
+
+    The state's contexts have the width of the mark.
+    """
     model = nnx.merge(structure(config, sharding), prepared.params)
     first, rows = state.step, state.token_B.shape[0]
     last = first + jnp.minimum(until.steps, chunk)
@@ -190,7 +209,7 @@ def decode(
         state, drawn = carry
         logits_BV, rings = read_one(model, prepared.layers, state.rings, state.step, state.token_B, state.position_B)
         keys_B = token_keys(seed_key, state.prompt_B, state.sample_B, state.position_B)
-        token_B, log_prob_B = _choose(sharding, switch, knobs, logits_BV, keys_B)
+        token_B, log_prob_B = _choose(sharding, switch, knobs, mark, logits_BV, keys_B, state.context_BH)
         step = (token_B, log_prob_B, jnp.where(state.live_B, state.sample_B, IDLE))
         drawn = Drawn(*(all_.at[state.step - first].set(now) for all_, now in zip(drawn, step, strict=True)))
         return _advance(config, state._replace(rings=rings), token_B, until.wanted), drawn
@@ -203,29 +222,44 @@ def decode(
 
 
 def _choose(
-    sharding: Sharding, switch: Switches, knobs: Knobs, logits_BV: jax.Array, keys_B: jax.Array
+    sharding: Sharding,
+    switch: Switches,
+    knobs: Knobs,
+    mark: Mark | None,
+    logits_BV: jax.Array,
+    keys_B: jax.Array,
+    context_BH: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
-    """Tokens [B] and their log-probabilities under softmax(logits), before temperature and limits."""
+    """Tokens [B] and their log-probabilities under softmax(logits): before marks, temperature and limits."""
 
-    def local(logits_BV: jax.Array, key_data_B: jax.Array, knobs: Knobs) -> tuple[jax.Array, jax.Array]:
+    def local(
+        logits_BV: jax.Array, key_data_B: jax.Array, context_BH: jax.Array, knobs: Knobs
+    ) -> tuple[jax.Array, jax.Array]:
         keys_B = jax.random.wrap_key_data(key_data_B)
-        token_B = _next_token(switch, knobs, logits_BV, keys_B)
+        token_B = _next_token(switch, knobs, mark, logits_BV, keys_B, context_BH)
         chosen_B = jnp.take_along_axis(logits_BV, token_B[:, None], axis=-1)[:, 0]
         return token_B, chosen_B - jax.nn.logsumexp(logits_BV, axis=-1)
 
     key_data_B = jax.random.key_data(keys_B)
     if not in_mesh():
-        return local(logits_BV, key_data_B, knobs)
+        return local(logits_BV, key_data_B, context_BH, knobs)
     rows = sharding.activation("B")
-    cut = jax.shard_map(local, in_specs=(rows, rows, P()), out_specs=rows)
-    token_B, log_prob_B = cut(placed(logits_BV, rows), placed(key_data_B, rows), knobs)
+    cut = jax.shard_map(local, in_specs=(rows, rows, rows, P()), out_specs=rows)
+    token_B, log_prob_B = cut(placed(logits_BV, rows), placed(key_data_B, rows), placed(context_BH, rows), knobs)
     return placed(token_B, P()), placed(log_prob_B, P())
 
 
-def _next_token(switch: Switches, knobs: Knobs, logits_BV: jax.Array, keys_B: jax.Array) -> jax.Array:
+def _next_token(
+    switch: Switches, knobs: Knobs, mark: Mark | None, logits_BV: jax.Array, keys_B: jax.Array, context_BH: jax.Array
+) -> jax.Array:
+    if mark and mark.before_temperature:
+        logits_BV = mark(logits_BV, context_BH)
     if switch.greedy:
         return jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
-    return draw(limited(switch, knobs, logits_BV), keys_B)
+    logits_BV = limited(switch, knobs, logits_BV)
+    if mark and not mark.before_temperature:
+        logits_BV = mark(logits_BV, context_BH)
+    return draw(logits_BV, keys_B)
 
 
 def limited(switch: Switches, knobs: Knobs, logits: jax.Array) -> jax.Array:
@@ -251,9 +285,12 @@ def _advance(config: DecoderConfig, state: State, token_B: jax.Array, wanted: in
     missing = wanted - finished - jnp.sum(jnp.where(going_B, length_B + 1, 0))
     rank_B = jnp.cumsum(done_B) - 1
     fresh_B = done_B & (rank_B < missing)
+    token_B = jnp.where(done_B, config.specials.bos, token_B)
+    shifted_BH = jnp.concatenate([state.context_BH, token_B[:, None]], axis=1)[:, 1:]
     return state._replace(
         step=state.step + 1,
-        token_B=jnp.where(done_B, config.specials.bos, token_B),
+        token_B=token_B,
+        context_BH=jnp.where(done_B[:, None], config.specials.bos, shifted_BH),
         position_B=jnp.where(done_B, 0, length_B),
         sample_B=jnp.where(fresh_B, state.next_sample + rank_B, state.sample_B),
         live_B=going_B | fresh_B,

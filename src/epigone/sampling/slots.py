@@ -24,6 +24,7 @@ from epigone.sampling.loop import (
     switches,
 )
 from epigone.sampling.scores import TOKENS, aligned, bucket
+from epigone.sampling.watermark import Mark
 
 CHUNK = 256
 """Steps for which a record of what was drawn has room; the host looks at it then, or when slots are free."""
@@ -59,6 +60,7 @@ def pieces(
     seed: int,
     knobs: Knobs,
     steps: int = CHUNK,
+    mark: Mark | None = None,
 ) -> Iterator[Piece]:
     """Texts in the order in which they grow, looked at after `steps` steps at the latest, longest prompts first.
 
@@ -75,7 +77,8 @@ def pieces(
     slots = round_up(work.slots, batch_parts(sharding))
     few = min(slots, round_up(max(1, slots // SHARE), batch_parts(sharding)))
     owners: list[tuple[int, int] | None] = [None] * slots
-    state = start_empty(config, sharding, slots, _columns(config, longest, work.length), prepared.params, np.int32(0))
+    columns, width = _columns(config, longest, work.length), mark.width if mark else 0
+    state = start_empty(config, sharding, slots, columns, prepared.params, np.int32(0), width)
     while left or any(owners):
         size = few if any(owners) else slots
         while left and owners.count(None) >= min(size, left):
@@ -84,7 +87,7 @@ def pieces(
             left -= min(size, left)
             size = few
         until = Until(steps, min(few, left) if left else slots)
-        state, record = decode(config, sharding, CHUNK, switch, prepared, state, key, knobs, until)
+        state, record = decode(config, sharding, CHUNK, switch, prepared, state, key, knobs, until, mark)
         yield from _grown(state, jax.device_get(record), owners)
 
 

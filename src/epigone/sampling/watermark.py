@@ -10,11 +10,31 @@ to be of where they are shown: one that marks its text alone is undone by drawin
 """
 
 from dataclasses import dataclass
+from functools import reduce
+from typing import ClassVar, Protocol
 
 import jax
 import jax.numpy as jnp
 
 from epigone.errors import UserError
+
+
+class Mark(Protocol):
+    """What the sampling loop needs to know of a mark. It is hashable, since programs are compiled for it."""
+
+    before_temperature: ClassVar[bool]
+    """Whether it changes the model's own logits, also of greedy texts. If not, it stands in for the draw: it gets
+    the logits after temperature, top-k and top-p, and has no say where the most probable token is taken."""
+
+    @property
+    def width(self) -> int:
+        """Tokens before that it looks at; before a text has so many, bos stands in their place."""
+        ...
+
+    def __call__(self, logits_BV: jax.Array, context_BH: jax.Array) -> jax.Array:
+        """The logits of the distribution with the mark, where these tokens come before."""
+        ...
+
 
 BITS = 32
 """Bits of a hash; a tournament has one round for each at most."""
@@ -24,11 +44,7 @@ def seeds(secret: int, context_BH: jax.Array) -> jax.Array:
     """What a secret makes of the tokens before, in their order: uint32 [B, 2]."""
     key = jax.random.wrap_key_data(jnp.array([secret >> 32, secret & 0xFFFFFFFF], jnp.uint32), impl="threefry2x32")
 
-    def one(context_H: jax.Array) -> jax.Array:
-        folded, _ = jax.lax.scan(lambda key, token: (jax.random.fold_in(key, token), None), key, context_H)
-        return jax.random.key_data(folded)
-
-    return jax.vmap(one)(context_BH)
+    return jax.vmap(lambda context_H: jax.random.key_data(reduce(jax.random.fold_in, context_H, key)))(context_BH)
 
 
 def hashes(seed_B2: jax.Array, tokens: jax.Array) -> jax.Array:
@@ -78,6 +94,8 @@ class GreenList:
         delta: added to their logits, nats; above 0.
     """
 
+    before_temperature: ClassVar[bool] = True
+
     secret: int
     width: int = 2
     gamma: float = 0.5
@@ -102,6 +120,8 @@ class Gumbel:
     `surprise` over n distinct pairs ~ Gamma(n, 1).
     """
 
+    before_temperature: ClassVar[bool] = False
+
     secret: int
     width: int = 4
 
@@ -123,6 +143,8 @@ class Tournament:
     Each round changes p to p (1 + g - sum of g p), for the bits g of that round. Over all secrets a token is drawn
     with its probability. A text without the mark has mean g 1/2; one round alone gives 1/2 + (1 - sum of p^2) / 4.
     """
+
+    before_temperature: ClassVar[bool] = False
 
     secret: int
     width: int = 4
