@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tiny
+from compiler_flags import QUICK
 from rows_read import read, write_down
 
 from epigone.grow import grow
@@ -99,7 +100,7 @@ def curves(run):
 
 def processes(folder, name, count, *arguments, stop=""):
     """The command in real processes; its exit code and what it printed."""
-    environment = os.environ | {"XLA_FLAGS": "--xla_backend_optimization_level=0"}
+    environment = os.environ | {"XLA_FLAGS": QUICK}
     environment |= {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
     there = [str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])]
     environment |= {"PYTHONPATH": os.pathsep.join(there)}

@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+from compiler_flags import QUICK
 
 from epigone import watchdog
 from epigone.errors import UserError
@@ -195,7 +196,7 @@ class Pair:
         self.processes = [self.start(address, rank) for rank in (0, 1)]
 
     def start(self, address: str, rank: int) -> subprocess.Popen:
-        variables = dict(zip(VARIABLES, (address, "2", str(rank)), strict=True)) | {LIMIT: "4", "XLA_FLAGS": ""}
+        variables = dict(zip(VARIABLES, (address, "2", str(rank)), strict=True)) | {LIMIT: "4", "XLA_FLAGS": QUICK}
         output = self.outputs[rank].open("w")
         command = [sys.executable, "-c", CHILD]
         return subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=os.environ | variables)

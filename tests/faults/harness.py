@@ -12,6 +12,7 @@ from random import Random
 from typing import Any
 
 import tiny
+from compiler_flags import QUICK
 from faults.command import CONFIG, Command, Running, steps
 from faults.kinds import HANG_SECONDS, KINDS, Fault, Kind
 from faults.place import Ground
@@ -22,7 +23,7 @@ ENVIRONMENT = {
     "PYTHONPATH": str(ROOT / "src"),
     "JAX_COMPILATION_CACHE_DIR": os.environ.get("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".cache" / "jax")),
     "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-    "XLA_FLAGS": "--xla_backend_optimization_level=0",
+    "XLA_FLAGS": QUICK,
     "EPIGONE_HANG_SECONDS": str(HANG_SECONDS),
 }
 

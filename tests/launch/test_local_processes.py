@@ -9,12 +9,13 @@ from pathlib import Path
 
 import pytest
 import tiny
+from compiler_flags import QUICK
 
 LAUNCHER = Path(__file__).parent.parent.parent / "launch" / "local_processes.py"
 
 
 def launch(folder: Path, *arguments: str) -> subprocess.CompletedProcess:
-    environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+    environment = os.environ | {"XLA_FLAGS": QUICK}
     command = [sys.executable, str(LAUNCHER), *arguments]
     return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300, env=environment)
 

@@ -14,6 +14,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import conftest  # noqa: F401
+from compiler_flags import QUICK
 
 parser = argparse.ArgumentParser()
 parser.add_argument("directory", help="on a disk or in a bucket")
@@ -28,7 +29,7 @@ given = parser.parse_args()
 index, count, port = given.process
 
 if count > 1:
-    os.environ["XLA_FLAGS"] = ""
+    os.environ["XLA_FLAGS"] = QUICK
 
 import jax  # noqa: E402
 
