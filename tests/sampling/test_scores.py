@@ -69,7 +69,9 @@ def test_the_logits_of_a_long_row_are_never_made_whole():
         greedy._score: (row, row, np.array([200], np.int32), np.array([90], np.int32)),
     }
     for score, rows in arguments.items():
-        whole, part = (score.lower(config, Sharding(), chunk, abstract(config), *rows).compile() for chunk in (256, 16))
+        whole, part = (
+            score.lower(config, Sharding(), abstract(config), *rows, chunk=chunk).compile() for chunk in (256, 16)
+        )
         used = [compiled.memory_analysis().temp_size_in_bytes for compiled in (whole, part)]
         assert used[0] > 4 * 256 * 32_768 > 4 * used[1]
 

@@ -85,7 +85,7 @@ MARKS = [GreenList(3, width=2), GreenList(3, width=23), Gumbel(3, width=3), Tour
 
 
 def marked_and_temperature(mark):
-    return sample(CONFIG, PARAMS, PROMPTS, SEED, samples=2, length=LENGTH, slots=4, temperature=0.8, mark=mark)
+    return sample(CONFIG, PARAMS, PROMPTS, SEED, samples=2, length=LENGTH, slots=4, temperature=0.8, marks=(mark,))
 
 
 @pytest.mark.parametrize("mark", MARKS)
@@ -103,7 +103,7 @@ def test_a_mark_reads_the_tokens_before_of_its_own_text(mark, together):
 
 @pytest.mark.parametrize("mark", [GreenList(3), Gumbel(3)])
 def test_a_mark_that_stands_in_for_the_draw_has_no_say_in_greedy_text(mark):
-    found = sample(CONFIG, PARAMS, PROMPTS, SEED, length=LENGTH, temperature=0.0, slots=4, mark=mark)
+    found = sample(CONFIG, PARAMS, PROMPTS, SEED, length=LENGTH, temperature=0.0, slots=4, marks=(mark,))
     plain = sample(CONFIG, PARAMS, PROMPTS, SEED, length=LENGTH, temperature=0.0, slots=4)
     for i, (text,) in enumerate(found):
         np.testing.assert_array_equal(text.tokens, alone(i, 0, greedy=True, mark=mark))
@@ -209,7 +209,7 @@ def test_marks_on_a_mesh(mark):
     with jax.set_mesh(make_mesh(2, 2, 2)):
         params = jax.tree.map(jax.device_put, PARAMS, placements())
         knobs = {"samples": 2, "length": LENGTH, "slots": 4, "temperature": 0.8}
-        assert_same(sample(CONFIG, params, PROMPTS, SEED, mark=mark, **knobs), expected)
+        assert_same(sample(CONFIG, params, PROMPTS, SEED, marks=(mark,), **knobs), expected)
 
 
 def placements():

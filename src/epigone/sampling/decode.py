@@ -53,19 +53,19 @@ def sample(
     slots: int = SLOTS,
     sharding: Sharding = Sharding(),
     prepared: Prepared | None = None,
-    mark: Mark | None = None,
+    marks: tuple[Mark, ...] = (),
 ) -> list[list[Sample]]:
     """Continue bos + each prompt `samples` times, by up to `length` tokens, until eos, a stop or the max_length.
 
     Sample j of prompt i depends on the prompt and on (seed, i, j) alone, not on the other rows or on `slots`,
-    up to float32 rounding. `prepared` are the same parameters as `loop.prepare` gives them, if they are at hand. A
-    `mark` changes what is drawn, by the tokens before.
+    up to float32 rounding. `prepared` are the same parameters as `loop.prepare` gives them, if they are at hand. The
+    `marks` change what is drawn, by the tokens before.
     Raises UserError for a prompt that leaves no room for a token.
     """
     work, knobs = Work(prompts, samples, length, slots), Knobs(temperature, top_k, top_p)
     ready = prepared or prepare(config, sharding, params)
     grown: list[list[list[Piece]]] = [[[] for _ in range(samples)] for _ in prompts]
-    for piece in pieces(config, sharding, ready, work, seed, knobs, mark=mark):
+    for piece in pieces(config, sharding, ready, work, seed, knobs, marks=marks):
         grown[piece.prompt][piece.sample].append(piece)
     return [[_joined(parts) for parts in row] for row in grown]
 

@@ -45,7 +45,7 @@ def continuation_scores(
         for start in range(0, len(members), B):
             part = members[start : start + B]
             rows = _right_aligned([pieces[index] for index in part], B, T, C, config.specials.pad)
-            log_prob_B, greedy_B = jax.device_get(_score(config, sharding, chunk, params, *rows))
+            log_prob_B, greedy_B = jax.device_get(_score(config, sharding, params, *rows, chunk=chunk))
             for b, index in enumerate(part):
                 found[index] = float(log_prob_B[b]), bool(greedy_B[b])
     return found
@@ -66,7 +66,7 @@ def _right_aligned(
 
 @partial(jax.jit, static_argnames=("config", "sharding", "chunk"))
 def _score(
-    config: DecoderConfig, sharding: Sharding, chunk: int, params: Any, tokens_BT, targets_BC, lengths_B, ends_B
+    config: DecoderConfig, sharding: Sharding, params: Any, tokens_BT, targets_BC, lengths_B, ends_B, *, chunk: int
 ) -> tuple[jax.Array, jax.Array]:
     """Sum of the targets' log-probabilities, and whether all are the most probable, the lowest id among equals [B]."""
     model = nnx.merge(structure(config, sharding), params)

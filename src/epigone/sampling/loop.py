@@ -15,7 +15,7 @@ from epigone.models.sharding import Sharding, in_mesh, placed
 from epigone.sampling import processors
 from epigone.sampling.cache import Ring, empty_rings, lay, read_all, read_one, ready
 from epigone.sampling.draw import draw, token_keys
-from epigone.sampling.watermark import Mark
+from epigone.sampling.watermark import Mark, marked
 
 IDLE = -1
 """In the record of a step: this row drew nothing."""
@@ -181,7 +181,7 @@ class Until(NamedTuple):
     wanted: int = 0
 
 
-@partial(jax.jit, static_argnames=("config", "sharding", "chunk", "switch", "mark"), donate_argnames=("state",))
+@partial(jax.jit, static_argnames=("config", "sharding", "chunk", "switch", "marks"), donate_argnames=("state",))
 def decode(
     config: DecoderConfig,
     sharding: Sharding,
@@ -192,11 +192,11 @@ def decode(
     seed_key: jax.Array,
     knobs: Knobs,
     until: Until,
-    mark: Mark | None = None,
+    marks: tuple[Mark, ...] = (),
 ) -> tuple[State, Drawn]:
     """At most `chunk` steps, for which the record has room; fewer as `until` says, or when every row has ended.
 
-    The state's contexts have the width of the mark.
+    The state's contexts are as long as the widest of the marks wants them (`widest`).
     """
     model = nnx.merge(structure(config, sharding), prepared.params)
     first, rows = state.step, state.token_B.shape[0]
@@ -209,7 +209,7 @@ def decode(
         state, drawn = carry
         logits_BV, rings = read_one(model, prepared.layers, state.rings, state.step, state.token_B, state.position_B)
         keys_B = token_keys(seed_key, state.prompt_B, state.sample_B, state.position_B)
-        token_B, log_prob_B = _choose(sharding, switch, knobs, mark, logits_BV, keys_B, state.context_BH)
+        token_B, log_prob_B = _choose(sharding, switch, knobs, marks, logits_BV, keys_B, state.context_BH)
         step = (token_B, log_prob_B, jnp.where(state.live_B, state.sample_B, IDLE))
         drawn = Drawn(*(all_.at[state.step - first].set(now) for all_, now in zip(drawn, step, strict=True)))
         return _advance(config, state._replace(rings=rings), token_B, until.wanted), drawn
@@ -225,7 +225,7 @@ def _choose(
     sharding: Sharding,
     switch: Switches,
     knobs: Knobs,
-    mark: Mark | None,
+    marks: tuple[Mark, ...],
     logits_BV: jax.Array,
     keys_B: jax.Array,
     context_BH: jax.Array,
@@ -236,7 +236,7 @@ def _choose(
         logits_BV: jax.Array, key_data_B: jax.Array, context_BH: jax.Array, knobs: Knobs
     ) -> tuple[jax.Array, jax.Array]:
         keys_B = jax.random.wrap_key_data(key_data_B)
-        token_B = _next_token(switch, knobs, mark, logits_BV, keys_B, context_BH)
+        token_B = _next_token(switch, knobs, marks, logits_BV, keys_B, context_BH)
         chosen_B = jnp.take_along_axis(logits_BV, token_B[:, None], axis=-1)[:, 0]
         return token_B, chosen_B - jax.nn.logsumexp(logits_BV, axis=-1)
 
@@ -250,15 +250,18 @@ def _choose(
 
 
 def _next_token(
-    switch: Switches, knobs: Knobs, mark: Mark | None, logits_BV: jax.Array, keys_B: jax.Array, context_BH: jax.Array
+    switch: Switches,
+    knobs: Knobs,
+    marks: tuple[Mark, ...],
+    logits_BV: jax.Array,
+    keys_B: jax.Array,
+    context_BH: jax.Array,
 ) -> jax.Array:
-    if mark and mark.before_temperature:
-        logits_BV = mark(logits_BV, context_BH)
+    logits_BV = marked([mark for mark in marks if mark.before_temperature], logits_BV, context_BH)
     if switch.greedy:
         return jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
     logits_BV = limited(switch, knobs, logits_BV)
-    if mark and not mark.before_temperature:
-        logits_BV = mark(logits_BV, context_BH)
+    logits_BV = marked([mark for mark in marks if not mark.before_temperature], logits_BV, context_BH)
     return draw(logits_BV, keys_B)
 
 

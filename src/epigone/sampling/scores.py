@@ -1,6 +1,6 @@
 """Log-probabilities of given documents, in batches of few shapes."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -73,6 +73,16 @@ def windows_scores(
     config: DecoderConfig, sharding: Sharding, params: Any, windows: Sequence[Window]
 ) -> Iterator[tuple[Window, np.ndarray]]:
     """The log-probabilities of each window's new events; short windows first."""
+    return windows_answers(config, sharding, windows, partial(_score, config, sharding, params))
+
+
+def windows_answers(
+    config: DecoderConfig, sharding: Sharding, windows: Sequence[Window], ask: Callable[..., Any]
+) -> Iterator[tuple[Window, Any]]:
+    """What `ask(inputs_BT, targets_BT, lengths_B, chunk=...)` finds at each window's new events; short windows first.
+
+    It is asked in batches of few shapes, and gives arrays [B, T, ...]; `chunk` tokens of each row have logits that fit.
+    """
     by_length: dict[int, list[Window]] = {}
     for window in windows:
         by_length.setdefault(min(bucket(len(window.inputs)), config.max_length), []).append(window)
@@ -88,9 +98,10 @@ def windows_scores(
             for b, window in enumerate(part):
                 lengths_B[b] = len(window.inputs)
                 numbers[:, b, : lengths_B[b]] = window.inputs, window.targets
-            scores_BT = np.asarray(_score(config, sharding, chunk, params, *numbers, lengths_B))
+            answers = jax.device_get(ask(*numbers, lengths_B, chunk=chunk))
             for b, window in enumerate(part):
-                yield window, scores_BT[b, lengths_B[b] - window.scored : lengths_B[b]]
+                new = slice(lengths_B[b] - window.scored, lengths_B[b])
+                yield window, jax.tree.map(lambda x_BT, b=b, new=new: x_BT[b, new], answers)
 
 
 def embeddings(config: DecoderConfig, sharding: Sharding, params: Any, documents: Sequence[Document]) -> np.ndarray:
@@ -159,9 +170,14 @@ def target_scores(
         greedy_BC = jnp.argmax(logits_BCV, axis=-1) == targets_BC
         return target_BC - jax.nn.logsumexp(logits_BCV, axis=-1), greedy_BC
 
-    B, T = targets_BT.shape
+    return in_chunks(chunk, scored, hidden_BTD, targets_BT)
+
+
+def in_chunks(chunk: int, ask: Callable[..., Any], *arrays_BT: jax.Array) -> Any:
+    """What `ask` finds in arrays [B, T, ...], one array or several of [B, T, ...], with `chunk` of the T at a time."""
+    B, T = arrays_BT[0].shape[:2]
     if chunk >= T:
-        return scored(hidden_BTD, targets_BT)
+        return ask(*arrays_BT)
     pieces = -(-T // chunk)
     C = -(-T // pieces)
 
@@ -169,12 +185,11 @@ def target_scores(
         padded = jnp.pad(x_BT, [(0, 0), (0, pieces * C - T), *[(0, 0)] * (x_BT.ndim - 2)])
         return jnp.moveaxis(padded.reshape(B, pieces, C, *x_BT.shape[2:]), 1, 0)
 
-    found = jax.lax.map(lambda x: scored(*x), (cut(hidden_BTD), cut(targets_BT)))
-    log_prob_BT, greedy_BT = (jnp.moveaxis(x, 0, 1).reshape(B, pieces * C)[:, :T] for x in found)
-    return log_prob_BT, greedy_BT
+    found = jax.lax.map(lambda x: ask(*x), tuple(map(cut, arrays_BT)))
+    return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1).reshape(B, pieces * C, *x.shape[3:])[:, :T], found)
 
 
-def _hidden(config: DecoderConfig, sharding: Sharding, params: Any, tokens_BT: jax.Array, lengths_B: jax.Array):
+def hidden_states(config: DecoderConfig, sharding: Sharding, params: Any, tokens_BT: jax.Array, lengths_B: jax.Array):
     """The decoder, and its hidden states for rows that begin at the left."""
     model = nnx.merge(structure(config, sharding), params)
     T = tokens_BT.shape[1]
@@ -186,17 +201,17 @@ def _hidden(config: DecoderConfig, sharding: Sharding, params: Any, tokens_BT: j
 
 @partial(jax.jit, static_argnames=("config", "sharding", "chunk"))
 def _score(
-    config: DecoderConfig, sharding: Sharding, chunk: int, params: Any, tokens_BT, targets_BT, lengths_B
+    config: DecoderConfig, sharding: Sharding, params: Any, tokens_BT, targets_BT, lengths_B, *, chunk: int
 ) -> jax.Array:
     """Log-probability of each target [B, T]."""
-    model, hidden_BTD = _hidden(config, sharding, params, tokens_BT, lengths_B)
+    model, hidden_BTD = hidden_states(config, sharding, params, tokens_BT, lengths_B)
     return target_scores(model, chunk, hidden_BTD, placed(targets_BT, sharding.activation("BT")))[0]
 
 
 @partial(jax.jit, static_argnames=("config", "sharding"))
 def _mean_state(config: DecoderConfig, sharding: Sharding, params: Any, tokens_BT, lengths_B) -> jax.Array:
     """Mean of the hidden states of each row's tokens [B, D]."""
-    _, hidden_BTD = _hidden(config, sharding, params, tokens_BT, lengths_B)
+    _, hidden_BTD = hidden_states(config, sharding, params, tokens_BT, lengths_B)
     read_BT = placed(jnp.arange(tokens_BT.shape[1]) < lengths_B[:, None], sharding.activation("BT"))
     sums_BD = jnp.sum(jnp.where(read_BT[..., None], hidden_BTD, 0), axis=1, dtype=jnp.float32)
     return sums_BD / lengths_B[:, None]
@@ -205,7 +220,7 @@ def _mean_state(config: DecoderConfig, sharding: Sharding, params: Any, tokens_B
 @partial(jax.jit, static_argnames=("config", "sharding"))
 def _next(config: DecoderConfig, sharding: Sharding, params: Any, tokens_BT, lengths_B) -> jax.Array:
     """Log-softmax [B, V] after the last token of each row."""
-    model, hidden_BTD = _hidden(config, sharding, params, tokens_BT, lengths_B)
+    model, hidden_BTD = hidden_states(config, sharding, params, tokens_BT, lengths_B)
     is_last = placed(jnp.arange(tokens_BT.shape[1]) == lengths_B[:, None] - 1, sharding.activation("BT"))
     last_B1D = jnp.sum(jnp.where(is_last[..., None], hidden_BTD, 0), axis=1, keepdims=True)
     return jax.nn.log_softmax(model.logits(last_B1D)[:, 0])

@@ -24,7 +24,7 @@ from epigone.sampling.loop import (
     switches,
 )
 from epigone.sampling.scores import TOKENS, aligned, bucket
-from epigone.sampling.watermark import Mark
+from epigone.sampling.watermark import Mark, widest
 
 CHUNK = 256
 """Steps for which a record of what was drawn has room; the host looks at it then, or when slots are free."""
@@ -60,7 +60,7 @@ def pieces(
     seed: int,
     knobs: Knobs,
     steps: int = CHUNK,
-    mark: Mark | None = None,
+    marks: tuple[Mark, ...] = (),
 ) -> Iterator[Piece]:
     """Texts in the order in which they grow, looked at after `steps` steps at the latest, longest prompts first.
 
@@ -77,7 +77,7 @@ def pieces(
     slots = round_up(work.slots, batch_parts(sharding))
     few = min(slots, round_up(max(1, slots // SHARE), batch_parts(sharding)))
     owners: list[tuple[int, int] | None] = [None] * slots
-    columns, width = _columns(config, longest, work.length), mark.width if mark else 0
+    columns, width = _columns(config, longest, work.length), widest(marks)
     state = start_empty(config, sharding, slots, columns, prepared.params, np.int32(0), width)
     while left or any(owners):
         size = few if any(owners) else slots
@@ -87,7 +87,7 @@ def pieces(
             left -= min(size, left)
             size = few
         until = Until(steps, min(few, left) if left else slots)
-        state, record = decode(config, sharding, CHUNK, switch, prepared, state, key, knobs, until, mark)
+        state, record = decode(config, sharding, CHUNK, switch, prepared, state, key, knobs, until, marks)
         yield from _grown(state, jax.device_get(record), owners)
 
 

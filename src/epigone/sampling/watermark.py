@@ -9,6 +9,7 @@ Every mark gives the logits of a distribution from which the next token is drawn
 to be of where they are shown: one that marks its text alone is undone by drawing from its scores.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import reduce
 from typing import ClassVar, Protocol
@@ -34,6 +35,18 @@ class Mark(Protocol):
     def __call__(self, logits_BV: jax.Array, context_BH: jax.Array) -> jax.Array:
         """The logits of the distribution with the mark, where these tokens come before."""
         ...
+
+
+def widest(marks: Sequence[Mark]) -> int:
+    """Tokens before that these marks look at together."""
+    return max((mark.width for mark in marks), default=0)
+
+
+def marked(marks: Sequence[Mark], logits_BV: jax.Array, context_BH: jax.Array) -> jax.Array:
+    """Logits after these marks, one after the other; each sees the last `width` tokens of the context."""
+    for mark in marks:
+        logits_BV = mark(logits_BV, context_BH[:, context_BH.shape[1] - mark.width :])
+    return logits_BV
 
 
 BITS = 32

@@ -1,0 +1,1 @@
+"""The prompt box from both sides: what leaves it, and what that is worth."""
