@@ -28,6 +28,7 @@ SEED = 5
 
 forward = jax.jit(apply, static_argnums=0)
 drawn_from = jax.jit(draw)
+applied = jax.jit(lambda mark, logits, before: mark(logits, before), static_argnums=0)
 
 
 def next_logits(text):
@@ -46,9 +47,9 @@ def alone(i, j, greedy=False, mark=None, temperature=1.0):
         if mark:
             before = np.r_[[CONFIG.specials.bos] * mark.width, text][-mark.width :].astype(np.int32)
             if mark.before_temperature:
-                logits = mark(logits, before[None]) / temperature
+                logits = applied(mark, logits, before[None]) / temperature
             elif not greedy:
-                logits = mark(logits / temperature, before[None])
+                logits = applied(mark, logits / temperature, before[None])
         key = token_keys(jax.random.key(SEED), *(jnp.array([n]) for n in (i, j, len(text))))
         text = np.r_[text, int(jnp.argmax(logits) if greedy else drawn_from(logits, key)[0])].astype(np.int32)
         if text[-1] in (2, 5, 6):
