@@ -29,7 +29,7 @@ def test_whole_rows_tell_the_width(bias, size):
 
 
 def test_one_decimal_and_little_noise_still_tell_it_and_whole_numbers_do_not():
-    """As FACTS of Carlini et al. say; a matrix of no low rank is the control."""
+    """A matrix of no low rank is the control."""
     noise = np.random.default_rng(1).normal(size=(ROWS, V))
     for shown in (rows().round(1), rows() + 0.1 * noise):
         assert hidden_size(shown)[0] == D

@@ -13,7 +13,7 @@ def hidden_size(log_probs_NV: np.ndarray) -> tuple[int, float]:
     singular values differ most. The gap is that difference, in nats: tens where scores are exact, below 1 where
     noise or rounding has filled the other dimensions. A bias of the head adds one dimension.
 
-    Raises UserError for fewer than 3 rows, for less rows than columns allow to tell, and for scores that are not shown.
+    Raises UserError for fewer than 3 rows or columns, and for scores that are not shown.
     """
     rows, V = log_probs_NV.shape
     if rows < 3 or V < 3:

@@ -1,5 +1,6 @@
 """The decoding loop: rows that read a token, draw the next, and make room for another text when one ends."""
 
+from collections.abc import Callable
 from functools import partial, reduce
 from typing import Any, NamedTuple
 
@@ -205,11 +206,13 @@ def decode(
         jnp.zeros((chunk, rows), jnp.int32), jnp.zeros((chunk, rows)), jnp.full((chunk, rows), IDLE, jnp.int32)
     )
 
+    next_token = partial(_next_token, switch, marks)
+
     def body(carry: tuple[State, Drawn]) -> tuple[State, Drawn]:
         state, drawn = carry
         logits_BV, rings = read_one(model, prepared.layers, state.rings, state.step, state.token_B, state.position_B)
         keys_B = token_keys(seed_key, state.prompt_B, state.sample_B, state.position_B)
-        token_B, log_prob_B = _choose(sharding, switch, knobs, marks, logits_BV, keys_B, state.context_BH)
+        token_B, log_prob_B = _choose(sharding, next_token, knobs, logits_BV, keys_B, state.context_BH)
         step = (token_B, log_prob_B, jnp.where(state.live_B, state.sample_B, IDLE))
         drawn = Drawn(*(all_.at[state.step - first].set(now) for all_, now in zip(drawn, step, strict=True)))
         return _advance(config, state._replace(rings=rings), token_B, until.wanted), drawn
@@ -223,9 +226,8 @@ def decode(
 
 def _choose(
     sharding: Sharding,
-    switch: Switches,
+    next_token: Callable[..., jax.Array],
     knobs: Knobs,
-    marks: tuple[Mark, ...],
     logits_BV: jax.Array,
     keys_B: jax.Array,
     context_BH: jax.Array,
@@ -236,7 +238,7 @@ def _choose(
         logits_BV: jax.Array, key_data_B: jax.Array, context_BH: jax.Array, knobs: Knobs
     ) -> tuple[jax.Array, jax.Array]:
         keys_B = jax.random.wrap_key_data(key_data_B)
-        token_B = _next_token(switch, knobs, marks, logits_BV, keys_B, context_BH)
+        token_B = next_token(knobs, logits_BV, keys_B, context_BH)
         chosen_B = jnp.take_along_axis(logits_BV, token_B[:, None], axis=-1)[:, 0]
         return token_B, chosen_B - jax.nn.logsumexp(logits_BV, axis=-1)
 
@@ -251,8 +253,8 @@ def _choose(
 
 def _next_token(
     switch: Switches,
-    knobs: Knobs,
     marks: tuple[Mark, ...],
+    knobs: Knobs,
     logits_BV: jax.Array,
     keys_B: jax.Array,
     context_BH: jax.Array,
