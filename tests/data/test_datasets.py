@@ -9,6 +9,7 @@ import sys
 
 import numpy as np
 import pytest
+from array_record.python.array_record_module import ArrayRecordWriter
 
 from epigone.data.datasets import open_splits, read_text, write_splits, write_text
 from epigone.errors import Fault, UserError
@@ -74,11 +75,27 @@ def test_token_ids_that_do_not_match_the_text_are_refused(tmp_path):
 def test_it_is_a_tfds_data_set_in_array_record_format(tmp_path):
     import tensorflow_datasets as tfds
 
-    write_text(tmp_path / "text", TEXTS, CARD)
+    ids = [np.arange(len(text), dtype=np.int32) for text in TEXTS]
+    write_text(tmp_path / "text", TEXTS, CARD, ids)
     builder = tfds.builder_from_directory(tmp_path / "text")
     assert builder.info.file_format.value == "array_record"
     assert builder.info.splits["train"].num_examples == len(TEXTS)
-    assert builder.as_data_source("train")[2]["text"].decode() == TEXTS[2]
+    rows = list(builder.as_data_source("train"))
+    assert [row["text"].decode() for row in rows] == TEXTS
+    assert all(np.array_equal(row["tokens"], given) for row, given in zip(rows, ids, strict=True))
+
+
+def test_large_text_lies_in_several_files(tmp_path, monkeypatch):
+    import tensorflow_datasets as tfds
+
+    monkeypatch.setattr("epigone.data.datasets._SHARD_BYTES", 1000)
+    texts = [f"{number} " * 30 for number in range(100)]
+    stored = write_text(tmp_path / "text", texts, CARD)
+    assert len(list((tmp_path / "text").glob("*array_record*"))) > 5
+    assert list(stored) == texts
+    assert stored[57] == texts[57]
+    builder = tfds.builder_from_directory(tmp_path / "text")
+    assert [row["text"].decode() for row in builder.as_data_source("train")] == texts
 
 
 def damage(directory, kind):
@@ -101,9 +118,17 @@ def damage(directory, kind):
         place = next(place for place in range(100, len(content)) if all(content[place : place + 8]))
         flipped = bytes(255 - value for value in content[place : place + 8])
         file.write_bytes(content[:place] + flipped + content[place + 8 :])
+    elif kind == "no example":
+        size = len(content)
+        writer = ArrayRecordWriter(str(file), "group_size:1")
+        for _ in TEXTS:
+            writer.write(b"\xff" * 7)
+        writer.close()
+        card = directory / "card.json"
+        card.write_text(card.read_text().replace(f": {size}", f": {file.stat().st_size}"))
 
 
-KINDS = ["truncated", "gone", "card gone", "card", "card of another kind", "info", "flipped"]
+KINDS = ["truncated", "gone", "card gone", "card", "card of another kind", "info", "flipped", "no example"]
 
 
 @pytest.mark.parametrize("kind", KINDS)
