@@ -39,7 +39,7 @@ SHOWN = "import os; from epigone.runtime import prepare; prepare(); print(os.env
 
 def told(program, **variables):
     """What a program prints in a process where nothing is set but these."""
-    ours = ("JAX_", "XLA_", "EPIGONE_", "XDG_", "MALLOC_", "LD_PRELOAD", "OMP_", "OPENBLAS_")
+    ours = ("JAX_", "XLA_", "EPIGONE_", "XDG_", "MALLOC_", "LD_PRELOAD", "OMP_", "OPENBLAS_", "TOKENIZERS_")
     bare = {k: v for k, v in os.environ.items() if not k.startswith(ours)}
     command = [sys.executable, "-c", program]
     return subprocess.run(command, env=bare | variables, capture_output=True, text=True, check=True).stdout.strip()
@@ -70,6 +70,15 @@ def test_large_blocks_are_kept_unless_the_user_says_otherwise():
     assert told(BLOCK, EPIGONE_RUNTIME="off") == "mapped anew"
     assert told(BLOCK, MALLOC_MMAP_MAX_="65536") == "mapped anew"
     assert told(BLOCK, MALLOC_TRIM_THRESHOLD_="131072") == "mapped anew"
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other allocators have other settings")
+def test_tokenizers_have_one_thread_where_memory_has_one_arena_unless_the_user_says_otherwise():
+    name = "TOKENIZERS_PARALLELISM"
+    assert prepared(name) == "false"
+    assert prepared(name, TOKENIZERS_PARALLELISM="true") == "true"
+    assert prepared(name, MALLOC_MMAP_MAX_="65536") == "absent"
+    assert prepared(name, EPIGONE_RUNTIME="off") == "absent"
 
 
 def test_nothing_that_jax_reads_is_imported_before_it_is_set():

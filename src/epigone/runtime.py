@@ -20,7 +20,7 @@ _BLOCK, _BLOCKS = 2**20, 512
 
 
 def prepare() -> None:
-    """Set what is not set: compilations are cached, large blocks of memory are used again, NumPy has one thread.
+    """Set what is not set: compilations are cached, large blocks of memory are used again, NumPy and tokenizers have one thread.
 
     A training step on a CPU takes and gives back arrays of many megabytes. By default the allocator maps each one anew,
     and the system fills every page with zeros first, which costs more than the arithmetic on it. Kept blocks cost none.
@@ -40,6 +40,8 @@ def prepare() -> None:
     if sys.platform == "linux" and not {"MALLOC_MMAP_MAX_", "MALLOC_TRIM_THRESHOLD_", "LD_PRELOAD"} & set(os.environ):
         mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
         if mallopt is not None:
+            # Tokenizers give every token a block of its own: their threads would wait for each other.
+            os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
             mallopt(_M_ARENA_MAX, 1)
             mallopt(_M_MMAP_MAX, 0)
             mallopt(_M_TRIM_THRESHOLD, _NEVER)
