@@ -20,7 +20,7 @@ _BLOCK, _BLOCKS = 2**20, 512
 
 
 def prepare() -> None:
-    """Set what is not set: compilations are cached, large blocks of memory are used again, NumPy and tokenizers have one thread.
+    """Set what is not set: compilations are cached, large blocks are used again, NumPy and tokenizers have one thread.
 
     A training step on a CPU takes and gives back arrays of many megabytes. By default the allocator maps each one anew,
     and the system fills every page with zeros first, which costs more than the arithmetic on it. Kept blocks cost none.
