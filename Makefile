@@ -18,7 +18,7 @@ smollm2: $(SMOLLM2_READY)
 	$(BIN)/epigone run configs/smollm2_student.py
 
 test: $(DEV_READY)
-	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations=60 --durations-min=5
 
 # A real SLURM on this machine: needs root, and Debian's slurm-wlm.
 test-slurm: $(DEV_READY)
