@@ -1,17 +1,19 @@
 """The fused loss beside the dense form, PyTorch's dense form and Liger's chunked loss, in one alternating run.
 
 Forward KL at temperature 1 between two heads over one vocabulary, float32: the loss, and its gradients by the student's
-hidden states and head; `--objective` takes any other, beside the dense form alone. Before anything is timed, all must
-give the same loss and the same gradients. Every round times every implementation once, in an order that rotates; what
-is printed are medians over the rounds, and medians and quartiles of the ratio within a round. All run in one process:
-the same threads, and the same settings of the C library's allocator (src/epigone/runtime.py; EPIGONE_RUNTIME=off leaves
-them as they are). Temporaries are what XLA's compiled program needs beside its arguments and results.
+hidden states and head; `--objective` takes any other, beside the dense form alone, and each size may have several
+values. Before anything is timed, all must give the same loss and the same gradients. Every round times every
+implementation once, in an order that rotates; what is printed are medians over the rounds, and medians and quartiles of
+the ratio within a round. All run in one process: the same threads, and the same settings of the C library's allocator
+(src/epigone/runtime.py; EPIGONE_RUNTIME=off leaves them as they are). Temporaries are what XLA's compiled program needs
+beside its arguments and results.
 """
 
 import argparse
 import os
 from collections.abc import Callable
 from functools import partial
+from itertools import product
 from typing import NamedTuple
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -35,6 +37,10 @@ NAMES = ["forward_kl", "reverse_kl", "symmetric_kl", "jsd", "skew_forward_kl", "
 NAMES += ["total_variation", "alpha_beta", "logit_mse"]
 OBJECTIVES = {name: Objective(getattr(divergences, name)) for name in NAMES}
 OBJECTIVES |= {"cross_entropy": TEXT_ALONE, "half_hard": Objective(hard_weight=0.5)}
+
+
+SIZES = {"tokens": 4096, "vocab_size": 128_256, "student": 1024, "teacher": 1024}
+"""What is measured by default: one micro-batch of a large vocabulary."""
 
 
 class Shape(NamedTuple):
@@ -162,24 +168,33 @@ def check(jobs: dict[str, Job]) -> None:
                 raise SystemExit(f"{name} computes something else")
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    defaults = {"tokens": 4096, "vocab-size": 128_256, "student": 1024, "teacher": 1024}
-    for name, value in (defaults | {"threads": os.cpu_count() or 1, "rounds": 5}).items():
-        parser.add_argument(f"--{name}", type=int, default=value, help=f"default {value}")
-    parser.add_argument("--objective", choices=OBJECTIVES, default="forward_kl", help="default forward_kl")
-    given = vars(parser.parse_args())
-    shape = Shape(**{name: given[name] for name in Shape._fields})
-    os.sched_setaffinity(0, set(sorted(os.sched_getaffinity(0))[: shape.threads]))
-    jobs, told = jobs_of(shape, given["objective"])
+def compare(shape: Shape, objective: str, rounds: int) -> None:
+    """All implementations at one size, in turn."""
+    jobs, told = jobs_of(shape, objective)
     check(jobs)
     sizes = f"{shape.tokens:,} tokens, vocabulary {shape.vocab_size:,}, D {shape.student} and {shape.teacher}"
-    print(f"{given['objective']}: {sizes}")
-    print(*told, sep="\n")
-    seconds = in_turn({name: partial(seconds_of, job) for name, job in jobs.items()}, given["rounds"])
+    print(f"{objective}: {sizes}")
+    print(*told, sep="\n", flush=True)
+    seconds = in_turn({name: partial(seconds_of, job) for name, job in jobs.items()}, rounds)
     for name, times in seconds.items():
         low, ratio, high = quartiles(times, seconds["fused"])
-        print(f"{name:<14} {np.median(times):7.2f} s   fused is faster by {ratio:.2f} ({low:.2f}-{high:.2f})")
+        print(f"{name:<14} {np.median(times):7.3f} s   fused is faster by {ratio:.2f} ({low:.2f}-{high:.2f})")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name, value in SIZES.items():
+        option = f"--{name.replace('_', '-')}"
+        parser.add_argument(option, type=int, nargs="+", default=[value], help=f"one or several; default {value}")
+    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1, help="default: all")
+    parser.add_argument("--rounds", type=int, default=5, help="default 5")
+    names = {"nargs": "+", "choices": [*OBJECTIVES, "all"], "default": ["forward_kl"]}
+    parser.add_argument("--objective", **names, help="one, several or all; default forward_kl")
+    given = vars(parser.parse_args())
+    objectives = list(OBJECTIVES) if "all" in given["objective"] else given["objective"]
+    os.sched_setaffinity(0, set(sorted(os.sched_getaffinity(0))[: given["threads"]]))
+    for *sizes, objective in product(*(given[name] for name in SIZES), objectives):
+        compare(Shape(*sizes, given["threads"]), objective, given["rounds"])
 
 
 if __name__ == "__main__":

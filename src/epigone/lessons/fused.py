@@ -214,9 +214,14 @@ def _local(
     work = _chunked(how, knobs, student, teacher, targets_BT, weights_BT)
     shapes = (student.weight_VD, student.bias_V)
     everywhere = (*batch, vocab) if vocab else batch
-    sums = jax.tree.map(lambda x: _varying(jnp.zeros(x.shape, jnp.float32), everywhere), shapes)
-    begin = (_varying(jnp.zeros(()), batch), sums)
-    (total, sums), (loss_PC, hidden_PCD) = jax.lax.scan(partial(_chunk, how, work), begin, work.parts)
+    total, sums = _varying(jnp.zeros(()), batch), jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), shapes)
+    if len(work.parts[0]) == 1:  # nothing is there yet to which the head's gradient is added
+        begin = (total, (None, _varying(sums[1], everywhere)))
+        (total, sums), rows = _chunk(how, work, begin, jax.tree.map(lambda x: x[0], work.parts))
+        loss_PC, hidden_PCD = (x[None] for x in rows)
+    else:
+        begin = (total, _varying(sums, everywhere))
+        (total, sums), (loss_PC, hidden_PCD) = jax.lax.scan(partial(_chunk, how, work), begin, work.parts)
     if batch:
         total, sums = jax.lax.psum((total, sums), batch)
     by_head = jax.tree.map(lambda g, x: g.astype(x.dtype), sums, shapes)
@@ -245,19 +250,21 @@ def _chunk(how: Fused, work: _Chunked, carry: Any, part: Any) -> tuple[Any, Any]
     by_hidden_CD = jnp.einsum("cv,vd->cd", by_raw_CV, work.student[0], preferred_element_type=jnp.float32)
     if how.mesh.vocab is not None:
         by_hidden_CD = jax.lax.psum(by_hidden_CD, how.mesh.vocab)
-    by_weight_VD = _add_product(carry[1][0], by_raw_CV, hidden_CD, len(jax.tree.leaves(work.parts)[0]))
+    by_weight_VD = _add_product(carry[1][0], by_raw_CV, hidden_CD)
     return (total, (by_weight_VD, by_bias_V)), (loss_PR.reshape(-1), by_hidden_CD.astype(hidden_CD.dtype))
 
 
-def _add_product(sum_VD: jax.Array, by_raw_CV: jax.Array, hidden_CD: jax.Array, pieces: int) -> jax.Array:
+def _add_product(sum_VD: jax.Array | None, by_raw_CV: jax.Array, hidden_CD: jax.Array) -> jax.Array:
     """sum + by_raw.T @ hidden. On a CPU a few rows at a time: XLA would write the whole product, and read it again."""
 
     def by_weight(by_raw: jax.Array) -> jax.Array:
         return jnp.einsum("cv,cd->vd", by_raw, hidden_CD, preferred_element_type=jnp.float32)
 
+    if sum_VD is None:
+        return by_weight(by_raw_CV)
     V, D = sum_VD.shape
     size = min(V, max(1, SUM_BYTES // (4 * D)))
-    if platform_in_use() != "cpu" or size == V or pieces == 1:
+    if platform_in_use() != "cpu" or size == V:
         return sum_VD + by_weight(by_raw_CV)
 
     def add(first: Any, size: int, sum_VD: jax.Array) -> jax.Array:
@@ -298,6 +305,6 @@ def _values(how: Fused, work: _Chunked, raw_RV: jax.Array, bias_V: Any, known_R:
     return jax.tree.map(lambda x: x[0], how.loss(*one, **more))
 
 
-def _varying(x: jax.Array, axes: tuple[str, ...]) -> jax.Array:
-    """A constant as one that may differ from device to device, as what is added to it does."""
-    return jax.lax.pcast(x, axes, to="varying") if axes else x
+def _varying(tree: Any, axes: tuple[str, ...]) -> Any:
+    """Constants as such that may differ from device to device, as what is added to them does."""
+    return jax.tree.map(lambda x: jax.lax.pcast(x, axes, to="varying"), tree) if axes else tree
