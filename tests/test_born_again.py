@@ -6,7 +6,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from tiny import Silent
+from tiny import Silent, few_verses
 
 from epigone.data.tokenizers import Words
 from epigone.errors import UserError
@@ -32,6 +32,12 @@ def shrunk(node):
     training = dataclasses.replace(node.lesson.training, batch_size=2, sequence_length=16)
     lesson = dataclasses.replace(node.lesson, training=training)
     return dataclasses.replace(node, model=model, tokenizer=tokenizer, lesson=lesson)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few():
+    with few_verses():
+        yield
 
 
 @pytest.fixture(scope="module")

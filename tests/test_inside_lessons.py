@@ -4,7 +4,7 @@ import dataclasses
 from pathlib import Path
 
 import pytest
-from tiny import Silent
+from tiny import Silent, few_verses
 
 from epigone.cli import main
 from epigone.data.tokenizers import BPE
@@ -34,6 +34,12 @@ def shrunk(node):
     text = tuple(dataclasses.replace(source, tokens=400) for source in node.lesson.text)
     lesson = dataclasses.replace(lesson, text=text)
     return dataclasses.replace(node, model=model, tokenizer=tokenizer, lesson=lesson)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few():
+    with few_verses():
+        yield
 
 
 @pytest.fixture(scope="module")

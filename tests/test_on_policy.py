@@ -4,7 +4,7 @@ import dataclasses
 from pathlib import Path
 
 import pytest
-from tiny import Silent, shrunk
+from tiny import Silent, few_verses, shrunk
 
 from epigone.cli import main
 from epigone.errors import UserError
@@ -20,6 +20,12 @@ from epigone.verbs.run import load_config
 
 CONFIG = Path(__file__).parent.parent / "configs" / "on_policy.py"
 OWN = {"jsd-half-own", "reverse-own", "reverse-replay", "reverse-mixed", "policy-gradient", "whole-texts"}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few():
+    with few_verses():
+        yield
 
 
 @pytest.fixture(scope="module")

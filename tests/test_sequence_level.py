@@ -4,7 +4,7 @@ import dataclasses
 from pathlib import Path
 
 import pytest
-from tiny import Silent
+from tiny import Silent, few_verses
 
 from epigone.data.tokenizers import Words
 from epigone.grow import grow
@@ -26,6 +26,12 @@ def shrunk(node):
     return dataclasses.replace(
         node, model=model, tokenizer=tokenizer, lesson=dataclasses.replace(node.lesson, training=training)
     )
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few():
+    with few_verses():
+        yield
 
 
 @pytest.fixture(scope="module")

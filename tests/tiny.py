@@ -1,10 +1,14 @@
 """Lineages small enough for tests: a few hundred sentences, models of a few thousand weights, a second or two."""
 
+import contextlib
 import random
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from dataclasses import replace
 from pathlib import Path
 
+import pytest
+
+from epigone.data import embedded
 from epigone.lineage import Lineage, Node
 from epigone.models.config import DecoderConfig
 
@@ -75,6 +79,15 @@ def write_config(folder: Path, source: str = CONFIG) -> Path:
     path = folder / "tiny.py"
     path.write_text(source.format(pattern=write_corpus(folder)))
     return path
+
+
+@contextlib.contextmanager
+def few_verses(every: int = 10) -> Iterator[None]:
+    """Of embedded texts one verse in so many: preparing, encoding, indexing and packing the whole takes seconds."""
+    whole = embedded.verses
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(embedded, "verses", lambda text: whole(text)[::every])
+        yield
 
 
 class Silent:
