@@ -16,6 +16,7 @@ from epigone.models.sharding import make_mesh
 from epigone.sampling import loop, slots
 from epigone.sampling.decode import DecoderLanguageModel, sample
 from epigone.sampling.draw import draw, token_keys
+from epigone.sampling.loop import Knobs
 from epigone.sampling.watermark import GreenList, Gumbel, Tournament
 
 CONFIG = dataclasses.replace(
@@ -234,3 +235,58 @@ def test_nothing_asked_for_is_nothing():
     assert sample(CONFIG, PARAMS, PROMPTS[:1], 0, samples=0) == [[]]
     ((text,),) = sample(CONFIG, PARAMS, PROMPTS[:1], 0, length=0)
     assert text.tokens.shape == text.log_probs.shape == (0,)
+
+
+KNOBS = [Knobs(), Knobs(0.0), Knobs(0.6, 5), Knobs(1.3, 0, 0.8), Knobs(0.8, 7, 0.9), Knobs(0.0), Knobs(2.0)]
+
+
+def mixed_texts():
+    """Texts that each have a prompt, a length, a seed and knobs of their own."""
+    wanted = zip(KNOBS, range(100), (9, 3, LENGTH, 1, LENGTH, 7, 5), strict=False)
+    return [
+        slots.Text(number, PROMPTS[number % len(PROMPTS)], length, (seed, 2, number), knobs)
+        for number, (knobs, seed, length) in enumerate(wanted)
+    ]
+
+
+def written_together(texts, count, dropped=()):
+    """Tokens of each text by its number; so many slots."""
+    growing = slots.Slots(CONFIG, loop.Sharding(), loop.prepare(CONFIG, loop.Sharding(), PARAMS), count, 64)
+    waiting, found, complete = list(texts), {text.owner: [] for text in texts}, set()
+    switch = loop.switches(*(text.knobs for text in texts))
+    while waiting or growing.free < growing.count:
+        while waiting and growing.free:
+            growing.fill([waiting.pop(0)], 1)
+        for grown in growing.grow(switch, loop.Until(2, growing.count)):
+            assert grown.owner not in complete
+            found[grown.owner].extend(grown.tokens)
+            if grown.is_complete:
+                complete.add(grown.owner)
+        for owner in dropped:
+            growing.drop(owner)
+    return found, complete
+
+
+def test_texts_with_knobs_and_seeds_of_their_own_are_those_that_each_is_alone():
+    texts = mixed_texts()
+    assert loop.switches(*KNOBS) == loop.Switches(False, True, True, mixed=True)
+    together, complete = written_together(texts, 3)
+    assert complete == {text.owner for text in texts}
+    for text in texts:
+        assert written_together([text], 1)[0][text.owner] == together[text.owner], text
+        assert len(together[text.owner]) <= text.length
+    for number, knobs in enumerate(KNOBS):
+        if knobs.temperature == 0:
+            (best,), *_ = sample(CONFIG, PARAMS, [texts[number].prompt], 5, length=texts[number].length, temperature=0)
+            assert list(best.tokens) == together[number]
+
+
+def test_a_text_that_is_dropped_makes_room_and_changes_no_other():
+    texts = mixed_texts()
+    whole, _ = written_together(texts, 2)
+    longest = max(whole, key=lambda owner: len(whole[owner]))
+    found, complete = written_together(texts, 2, dropped=[longest])
+    assert complete == set(whole) - {longest}
+    assert found[longest] == whole[longest][: len(found[longest])]
+    assert len(found[longest]) < len(whole[longest])
+    assert all(found[owner] == whole[owner] for owner in complete)

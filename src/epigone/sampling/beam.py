@@ -15,7 +15,7 @@ from epigone.models.decoder import structure
 from epigone.models.language_model import Document
 from epigone.models.sharding import Sharding, in_mesh
 from epigone.sampling.cache import Ring, read_one
-from epigone.sampling.loop import Prepared, State, Texts, refill, start_empty
+from epigone.sampling.loop import Knobs, Prepared, State, Texts, refill, start_empty
 from epigone.sampling.scores import bucket
 
 ROWS = 128
@@ -80,7 +80,8 @@ def _read(
         tokens_RT[row, T - len(prompt) - 1] = config.specials.bos
         tokens_RT[row, T - len(prompt) :] = prompt
     lengths = np.array([len(prompt) + 1 for prompt in prompts], np.int32)
-    texts = Texts(rows, tokens_RT, lengths, lengths + length, rows, rows)
+    nobody = (np.uint32(rows), Knobs(np.float32(rows * 0), rows * 0, np.float32(rows * 0)))  # a beam draws nothing
+    texts = Texts(rows, tokens_RT, lengths, lengths + length, rows, rows, *nobody)
     state = start_empty(config, Sharding(), len(prompts), bucket(T + length), params, np.int32(0))
     return refill(config, Sharding(), prepared, state, texts)
 

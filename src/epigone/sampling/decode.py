@@ -191,15 +191,15 @@ class DecoderLanguageModel:
 
     def _records(self, tokens: int, seed: int, knobs: Knobs, limit: int) -> Iterator[Drawn]:
         """What was drawn, chunk by chunk, until every document that was started has ended."""
-        config, sharding, key = self.config, self.sharding, jax.random.key(seed)
-        switch = switches(knobs)
+        config, sharding, switch = self.config, self.sharding, switches(knobs)
         wanted = self.slots if tokens >= SHORT * self.slots else max(1, self.slots // FEW)
         rows = round_up(wanted, batch_parts(sharding))
-        state = start_empty(config, sharding, rows, bucket(limit), self.params, np.int32(limit))
+        begin = (np.int32(limit), 0, np.uint32(seed), knobs)
+        state = start_empty(config, sharding, rows, bucket(limit), self.params, *begin)
         until = Until(CHUNK, rows, tokens)
         live = True
         while live:
-            state, record = decode(config, sharding, CHUNK, switch, self._prepared, state, key, knobs, until)
+            state, record = decode(config, sharding, CHUNK, switch, self._prepared, state, until)
             yield jax.device_get(record)
             live = bool(np.any(state.live_B))
 

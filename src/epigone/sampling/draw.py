@@ -12,12 +12,15 @@ BLOCK = 128
 
 
 def token_keys(seed_key: jax.Array, prompt_B: jax.Array, sample_B: jax.Array, position_B: jax.Array) -> jax.Array:
-    """One key for each row, from its prompt, sample and position alone: the other rows do not matter."""
+    """One key for each row, from its prompt, sample and position alone: the other rows do not matter.
 
-    def key(prompt: jax.Array, sample: jax.Array, position: jax.Array) -> jax.Array:
+    `seed_key` is one for all rows, or one a row.
+    """
+
+    def key(seed_key: jax.Array, prompt: jax.Array, sample: jax.Array, position: jax.Array) -> jax.Array:
         return jax.random.fold_in(jax.random.fold_in(jax.random.fold_in(seed_key, prompt), sample), position)
 
-    return jax.vmap(key)(prompt_B, sample_B, position_B)
+    return jax.vmap(key, in_axes=(0 if seed_key.ndim else None, 0, 0, 0))(seed_key, prompt_B, sample_B, position_B)
 
 
 def draw(logits_BV: jax.Array, keys_B: jax.Array) -> jax.Array:

@@ -23,27 +23,29 @@ IDLE = -1
 
 
 class Knobs(NamedTuple):
-    """How the next token is chosen; traced, so that other values compile nothing new."""
+    """How the next token is chosen, of all rows alike or of each row [B]; traced: other values compile nothing new."""
 
-    temperature: float = 1.0
-    top_k: int = 0
-    top_p: float = 1.0
+    temperature: Any = 1.0
+    top_k: Any = 0
+    top_p: Any = 1.0
 
 
 class Switches(NamedTuple):
-    """Which parts of the choice are compiled at all."""
+    """Which parts of the choice are compiled at all: `greedy` where all rows take the most probable token, `mixed`
+    where only some do."""
 
     greedy: bool
     top_k: bool
     top_p: bool
+    mixed: bool = False
 
 
 class State(NamedTuple):
     """What the loop carries. B rows; a row's position is that of the token it reads next in its document.
 
-    `context_BH` are the H tokens that a watermark looks at, of which the last is `token_B`; H may be 0.
-    `next_sample` is the index of the next document to start; `finished` counts the tokens of the finished ones,
-    each with its eos.
+    `seed_B` and the knobs, [B] each, are those of the row's text. `context_BH` are the H tokens that a watermark looks
+    at, of which the last is `token_B`; H may be 0. `next_sample` is the index of the next document to start; `finished`
+    counts the tokens of the finished ones, each with its eos.
     """
 
     step: jax.Array
@@ -53,6 +55,8 @@ class State(NamedTuple):
     limit_B: jax.Array
     prompt_B: jax.Array
     sample_B: jax.Array
+    seed_B: jax.Array
+    knobs: Knobs
     live_B: jax.Array
     next_sample: jax.Array
     finished: jax.Array
@@ -67,16 +71,18 @@ class Drawn(NamedTuple):
     samples_CB: jax.Array
 
 
-def switches(knobs: Knobs) -> Switches:
-    """What these values switch on. Raises UserError for values outside their range."""
-    temperature, top_k, top_p = knobs
-    if not 0 <= temperature <= 1000:
-        raise UserError(f"temperature is {temperature}: from 0 (always the most probable token) to 1000")
-    if not 0 <= top_k < 2**31:
-        raise UserError(f"top_k is {top_k}: at least 1 and below {2**31}, or 0 for off")
-    if not 0 < top_p <= 1:
-        raise UserError(f"top_p is {top_p}: above 0, up to 1 for off")
-    return Switches(temperature == 0, top_k > 0, top_p < 1)
+def switches(*knobs: Knobs) -> Switches:
+    """What these values, of one text each, switch on. Raises UserError for values outside their range."""
+    for temperature, top_k, top_p in knobs:
+        if not 0 <= temperature <= 1000:
+            raise UserError(f"temperature is {temperature}: from 0 (always the most probable token) to 1000")
+        if not 0 <= top_k < 2**31:
+            raise UserError(f"top_k is {top_k}: at least 1 and below {2**31}, or 0 for off")
+        if not 0 < top_p <= 1:
+            raise UserError(f"top_p is {top_p}: above 0, up to 1 for off")
+    greedy = [one.temperature == 0 for one in knobs]
+    limits = (any(one.top_k > 0 for one in knobs), any(one.top_p < 1 for one in knobs))
+    return Switches(all(greedy), *limits, any(greedy) and not all(greedy))
 
 
 class Prepared(NamedTuple):
@@ -112,23 +118,44 @@ def start_empty(
     params: nnx.State,
     limit: jax.Array,
     width: int = 0,
+    seed: Any = 0,
+    knobs: Knobs = Knobs(),
 ) -> State:
     """Every row at the start of a document of its own, samples 0, 1, ... of prompt 0; with limit 0 no row is live."""
     model = nnx.merge(structure(config, sharding), params)
     token_B, sample_B = jnp.full((rows,), config.specials.bos, jnp.int32), jnp.arange(rows, dtype=jnp.int32)
     zero_B, zero = jnp.zeros_like(token_B), jnp.int32(0)
     context_BH = jnp.broadcast_to(token_B[:, None], (rows, width))
-    begun_B = (token_B, context_BH, zero_B, zero_B + limit, zero_B, sample_B, zero_B + limit > 0)
+    known = {
+        "token_B": token_B,
+        "context_BH": context_BH,
+        "position_B": zero_B,
+        "limit_B": zero_B + limit,
+        "prompt_B": zero_B,
+        "sample_B": sample_B,
+        "seed_B": jnp.full((rows,), seed, jnp.uint32),
+        "live_B": zero_B + limit > 0,
+    }
     # What is known about rows is small, and whole on every device.
-    token_B, context_BH, position_B, limit_B, prompt_B, sample_B, live_B = (placed(x, P()) for x in begun_B)
-    known = (token_B, context_BH, position_B, limit_B, prompt_B, sample_B, live_B)
-    return State(zero, *known, jnp.int32(rows), zero, empty_rings(model, rows, columns))
+    known = {name: placed(x, P()) for name, x in known.items()}
+    rings = empty_rings(model, rows, columns)
+    return State(
+        step=zero, knobs=of_rows(knobs, rows), next_sample=jnp.int32(rows), finished=zero, rings=rings, **known
+    )
+
+
+def of_rows(knobs: Knobs, rows: int) -> Knobs:
+    """The same knobs for each of so many rows."""
+    kinds = (jnp.float32, jnp.int32, jnp.float32)
+    filled = (jnp.full((rows,), value, kind) for value, kind in zip(knobs, kinds, strict=True))
+    return Knobs(*(placed(value_B, P()) for value_B in filled))
 
 
 class Texts(NamedTuple):
     """Texts to be continued. R rows of T tokens, bos included, which end in the last column; and where they go.
 
-    `limit` is the length, without bos, at which a text ends. A row may stand there twice, and counts once.
+    `limit` is the length, without bos, at which a text ends; `knobs` are [R] each. A row may stand there twice, and
+    counts once.
     """
 
     slot_R: Any
@@ -137,6 +164,8 @@ class Texts(NamedTuple):
     limit_R: Any
     prompt_R: Any
     sample_R: Any
+    seed_R: Any
+    knobs: Knobs
 
 
 @partial(jax.jit, static_argnames=("config", "sharding"), donate_argnames=("state",))
@@ -166,6 +195,8 @@ def refill(config: DecoderConfig, sharding: Sharding, prepared: Prepared, state:
         limit_B=put(state.limit_B, texts.limit_R),
         prompt_B=put(state.prompt_B, texts.prompt_R),
         sample_B=put(state.sample_B, texts.sample_R),
+        seed_B=put(state.seed_B, texts.seed_R),
+        knobs=Knobs(*map(put, state.knobs, texts.knobs)),
         live_B=put(state.live_B, texts.limit_R >= texts.length_R),
     )
 
@@ -190,8 +221,6 @@ def decode(
     switch: Switches,
     prepared: Prepared,
     state: State,
-    seed_key: jax.Array,
-    knobs: Knobs,
     until: Until,
     marks: tuple[Mark, ...] = (),
 ) -> tuple[State, Drawn]:
@@ -211,8 +240,9 @@ def decode(
     def body(carry: tuple[State, Drawn]) -> tuple[State, Drawn]:
         state, drawn = carry
         logits_BV, rings = read_one(model, prepared.layers, state.rings, state.step, state.token_B, state.position_B)
-        keys_B = token_keys(seed_key, state.prompt_B, state.sample_B, state.position_B)
-        token_B, log_prob_B = _choose(sharding, next_token, knobs, logits_BV, keys_B, state.context_BH)
+        keys_B = jax.vmap(jax.random.key)(state.seed_B)
+        keys_B = token_keys(keys_B, state.prompt_B, state.sample_B, state.position_B)
+        token_B, log_prob_B = _choose(sharding, next_token, state.knobs, logits_BV, keys_B, state.context_BH)
         step = (token_B, log_prob_B, jnp.where(state.live_B, state.sample_B, IDLE))
         drawn = Drawn(*(all_.at[state.step - first].set(now) for all_, now in zip(drawn, step, strict=True)))
         return _advance(config, state._replace(rings=rings), token_B, until.wanted), drawn
@@ -246,8 +276,9 @@ def _choose(
     if not in_mesh():
         return local(logits_BV, key_data_B, context_BH, knobs)
     rows = sharding.activation("B")
-    cut = jax.shard_map(local, in_specs=(rows, rows, rows, P()), out_specs=rows)
-    token_B, log_prob_B = cut(placed(logits_BV, rows), placed(key_data_B, rows), placed(context_BH, rows), knobs)
+    cut = jax.shard_map(local, in_specs=rows, out_specs=rows)
+    given = (logits_BV, key_data_B, context_BH, knobs)
+    token_B, log_prob_B = cut(*jax.tree.map(lambda x: placed(x, rows), given))
     return placed(token_B, P()), placed(log_prob_B, P())
 
 
@@ -260,19 +291,27 @@ def _next_token(
     context_BH: jax.Array,
 ) -> jax.Array:
     logits_BV = marked([mark for mark in marks if mark.before_temperature], logits_BV, context_BH)
+    best_B = jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)  # computed where it is used alone
     if switch.greedy:
-        return jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
+        return best_B
     logits_BV = limited(switch, knobs, logits_BV)
     logits_BV = marked([mark for mark in marks if not mark.before_temperature], logits_BV, context_BH)
-    return draw(logits_BV, keys_B)
+    drawn_B = draw(logits_BV, keys_B)
+    return jnp.where(knobs.temperature > 0, drawn_B, best_B) if switch.mixed else drawn_B
 
 
 def limited(switch: Switches, knobs: Knobs, logits: jax.Array) -> jax.Array:
-    """Logits [..., V] after temperature, top-k and top-p, where they are switched on."""
-    logits = processors.temperature(logits, knobs.temperature)
+    """Logits [..., V] after temperature, top-k and top-p, where they are switched on; rows that are greedy are left."""
+    temperature = jnp.asarray(knobs.temperature, jnp.float32)
+    temperature = jnp.where(temperature > 0, temperature, 1.0) if switch.mixed else temperature
+    logits = processors.temperature(logits, temperature[..., None])
     if switch.top_k:
-        logits = processors.top_k(logits, knobs.top_k)
-    return processors.top_p(logits, knobs.top_p) if switch.top_p else logits
+        logits = processors.top_k(logits, jnp.where(knobs.top_k > 0, knobs.top_k, logits.shape[-1]))
+    if switch.top_p:
+        # Where the limit is 1, rounding may not cut what is most improbable.
+        is_limited = jnp.asarray(knobs.top_p)[..., None] < 1
+        logits = jnp.where(is_limited, processors.top_p(logits, knobs.top_p), logits)
+    return logits
 
 
 def _advance(config: DecoderConfig, state: State, token_B: jax.Array, wanted: int | jax.Array) -> State:

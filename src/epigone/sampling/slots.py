@@ -1,7 +1,9 @@
 """Many prompts in few slots: when a text ends, the next one takes its place, so that none waits for the longest."""
 
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from functools import partial
+from itertools import islice
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -12,10 +14,10 @@ from epigone.models.language_model import Document
 from epigone.models.sharding import Sharding, batch_parts
 from epigone.sampling.loop import (
     IDLE,
-    Drawn,
     Knobs,
     Prepared,
     State,
+    Switches,
     Texts,
     Until,
     decode,
@@ -52,6 +54,112 @@ class Piece(NamedTuple):
     log_probs: np.ndarray
 
 
+class Text(NamedTuple):
+    """A text that waits for a slot.
+
+    Attributes:
+        owner: whatever the caller knows it by; not None.
+        prompt: what it goes on from, without bos.
+        length: tokens that may be drawn, at most.
+        draw: seed, number of the prompt, number of the sample: all that its randomness follows from.
+        knobs: how its tokens are chosen.
+    """
+
+    owner: Any
+    prompt: Document
+    length: int
+    draw: tuple[int, int, int]
+    knobs: Knobs
+
+
+class Growth(NamedTuple):
+    """What the text of this owner gained, if anything, and whether it is complete."""
+
+    owner: Any
+    tokens: np.ndarray
+    log_probs: np.ndarray
+    is_complete: bool
+
+
+class Slots:
+    """Texts that grow side by side, each by its own seed and knobs; where one ends, another may begin.
+
+    What a text becomes does not depend on the others, up to float32 rounding.
+
+    Args:
+        config: of the decoder.
+        sharding: of the mesh that is set, for as long as this is used.
+        prepared: the decoder's parameters.
+        count: of the slots, rounded up to what the mesh divides.
+        columns: tokens that a text may hold, prompt included, and more where prompts are padded.
+        marks: change what is drawn, by the tokens before.
+    """
+
+    def __init__(
+        self,
+        config: DecoderConfig,
+        sharding: Sharding,
+        prepared: Prepared,
+        count: int,
+        columns: int,
+        marks: tuple[Mark, ...] = (),
+    ) -> None:
+        self._config, self._sharding, self._prepared, self._marks = config, sharding, prepared, marks
+        self.count = round_up(count, batch_parts(sharding))
+        self.few = min(self.count, round_up(max(1, self.count // SHARE), batch_parts(sharding)))
+        self._owners: list[Any] = [None] * self.count
+        self._state = start_empty(config, sharding, self.count, columns, prepared.params, np.int32(0), widest(marks))
+
+    @property
+    def free(self) -> int:
+        """Slots without a text."""
+        return self._owners.count(None)
+
+    def fill(self, texts: Sequence[Text], size: int) -> None:
+        """Put texts into free slots: `size` of them are read together, or as many as may be.
+
+        A part of them that is smaller is filled up with the last one, so that there is one program for all.
+        """
+        free = [slot for slot, owner in enumerate(self._owners) if owner is None][: len(texts)]
+        for slot, text in zip(free, texts, strict=True):
+            self._owners[slot] = text.owner
+        longest = max(len(text.prompt) for text in texts)
+        together = min(size, _readable(longest, batch_parts(self._sharding)))
+        for first in range(0, len(texts), together):
+            order = [min(r, len(texts) - 1) for r in range(first, first + together)]
+            laid = _laid(self._config, [texts[r] for r in order], [free[r] for r in order])
+            self._state = refill(self._config, self._sharding, self._prepared, self._state, laid)
+
+    def grow(self, switch: Switches, until: Until) -> list[Growth]:
+        """Go on with all texts, for at most `CHUNK` steps, and tell what they gained; complete ones leave."""
+        given = (self._config, self._sharding, CHUNK, switch, self._prepared, self._state)
+        self._state, record = decode(*given, until, self._marks)
+        tokens_CB, log_probs_CB, samples_CB = map(np.asarray, jax.device_get(record))
+        count_B, live_B = (samples_CB != IDLE).sum(axis=0), np.asarray(self._state.live_B)
+        found = []
+        for slot, owner in enumerate(self._owners):
+            if owner is None:
+                continue
+            n, done = count_B[slot], not live_B[slot]
+            if n or done:
+                found.append(Growth(owner, tokens_CB[:n, slot].copy(), log_probs_CB[:n, slot].copy(), done))
+            if done:
+                self._owners[slot] = None
+        return found
+
+    def drop(self, owner: Any) -> None:
+        """End a text before its time; one that has no slot is none."""
+        if owner in self._owners:
+            slot = self._owners.index(owner)
+            self._owners[slot] = None
+            self._state = _ended(self._state, np.int32(slot))
+
+
+@partial(jax.jit, donate_argnames=("state",))
+def _ended(state: State, slot: jax.Array) -> State:
+    return state._replace(live_B=state.live_B.at[slot].set(False))
+
+
 def pieces(
     config: DecoderConfig,
     sharding: Sharding,
@@ -73,80 +181,44 @@ def pieces(
     switch = switches(knobs)
     if work.length < 1:
         return
-    key, waiting, left = jax.random.key(seed), _waiting(work), len(work.prompts) * work.samples
-    slots = round_up(work.slots, batch_parts(sharding))
-    few = min(slots, round_up(max(1, slots // SHARE), batch_parts(sharding)))
-    owners: list[tuple[int, int] | None] = [None] * slots
-    columns, width = _columns(config, longest, work.length), widest(marks)
-    state = start_empty(config, sharding, slots, columns, prepared.params, np.int32(0), width)
-    while left or any(owners):
-        size = few if any(owners) else slots
-        while left and owners.count(None) >= min(size, left):
-            for texts in _texts(config, sharding, work, waiting, owners, size, min(size, left)):
-                state = refill(config, sharding, prepared, state, texts)
+    waiting, left = _waiting(work, seed, knobs), len(work.prompts) * work.samples
+    slots = Slots(config, sharding, prepared, work.slots, _columns(config, longest, work.length), marks)
+    while left or slots.free < slots.count:
+        size = slots.few if slots.free < slots.count else slots.count
+        while left and slots.free >= min(size, left):
+            slots.fill(list(islice(waiting, min(size, left))), size)
             left -= min(size, left)
-            size = few
-        until = Until(steps, min(few, left) if left else slots)
-        state, record = decode(config, sharding, CHUNK, switch, prepared, state, key, knobs, until, marks)
-        yield from _grown(state, jax.device_get(record), owners)
+            size = slots.few
+        for grown in slots.grow(switch, Until(steps, min(slots.few, left) if left else slots.count)):
+            if len(grown.tokens):
+                prompt, sample = grown.owner
+                yield Piece(prompt, sample, grown.tokens, grown.log_probs)
 
 
-def _waiting(work: Work) -> Iterator[tuple[int, int]]:
-    """Prompt and sample of every text; long prompts first, so that those read together are of similar length."""
+def _waiting(work: Work, seed: int, knobs: Knobs) -> Iterator[Text]:
+    """Every text; long prompts first, so that those read together are of similar length."""
     sizes = np.array([_padded(len(prompt)) for prompt in work.prompts])
-    return ((int(i), j) for i in np.argsort(-sizes, kind="stable") for j in range(work.samples))
+    for i in map(int, np.argsort(-sizes, kind="stable")):
+        for j in range(work.samples):
+            yield Text((i, j), work.prompts[i], work.length, (seed, i, j), knobs)
 
 
-def _texts(
-    config: DecoderConfig,
-    sharding: Sharding,
-    work: Work,
-    waiting: Iterator[tuple[int, int]],
-    owners: list[tuple[int, int] | None],
-    size: int,
-    count: int,
-) -> Iterator[Texts]:
-    """The next `count` texts, put into free slots: `size` rows together, or as many as may be read together.
-
-    The last text stands there again where there are fewer than that.
-    """
-    free = [slot for slot, owner in enumerate(owners) if owner is None][:count]
-    rows = [next(waiting) for _ in free]
-    for slot, row in zip(free, rows, strict=True):
-        owners[slot] = row
-    together = min(size, _readable(len(work.prompts[rows[0][0]]), batch_parts(sharding)))
-    for first in range(0, count, together):
-        yield _laid(config, work, [min(r, count - 1) for r in range(first, first + together)], free, rows)
-
-
-def _laid(config: DecoderConfig, work: Work, order: list[int], free: list[int], rows: list[tuple[int, int]]) -> Texts:
-    """Some of the rows and their slots, in this order, as arrays."""
-    prompts = [work.prompts[rows[r][0]] for r in order]
-    T = min(_padded(max(len(prompt) for prompt in prompts)) + 1, config.max_length)
-    tokens_RT, length_R = aligned(prompts, T, right=True, specials=config.specials)
-    limit_R = np.minimum(length_R - 1 + min(work.length, config.max_length), config.max_length)
-    numbers_R2 = np.array([rows[r] for r in order], np.int32)
-    slot_R = np.array([free[r] for r in order], np.int32)
-    return Texts(slot_R, tokens_RT, length_R, limit_R.astype(np.int32), *numbers_R2.T)
+def _laid(config: DecoderConfig, texts: Sequence[Text], slots: Sequence[int]) -> Texts:
+    """Texts and their slots as arrays."""
+    T = min(_padded(max(len(text.prompt) for text in texts)) + 1, config.max_length)
+    tokens_RT, length_R = aligned([text.prompt for text in texts], T, right=True, specials=config.specials)
+    most_R = np.array([min(text.length, config.max_length) for text in texts], np.int32)
+    limit_R = np.minimum(length_R - 1 + most_R, config.max_length).astype(np.int32)
+    seed_R, prompt_R, sample_R = np.array([text.draw for text in texts], np.uint32).T
+    numbers_R2 = (prompt_R.astype(np.int32), sample_R.astype(np.int32))
+    asked = [np.array(values) for values in zip(*(text.knobs for text in texts), strict=True)]
+    knobs = Knobs(*(x.astype(kind) for x, kind in zip(asked, (np.float32, np.int32, np.float32), strict=True)))
+    return Texts(np.array(slots, np.int32), tokens_RT, length_R, limit_R, *numbers_R2, seed_R, knobs)
 
 
 def _readable(length: int, parts: int) -> int:
     """A power of two of prompts up to this length that hold no more than TOKENS, times the parts of the batch."""
     return parts << (max(1, TOKENS // max(1, _padded(length)) // parts).bit_length() - 1)
-
-
-def _grown(state: State, record: Drawn, owners: list[tuple[int, int] | None]) -> Iterator[Piece]:
-    """What each text gained; the slots of those that ended are free."""
-    tokens_CB, log_probs_CB, samples_CB = map(np.asarray, record)
-    count_B, live_B = (samples_CB != IDLE).sum(axis=0), np.asarray(state.live_B)
-    for slot, owner in enumerate(owners):
-        if owner is None:
-            continue
-        if count_B[slot]:
-            n = count_B[slot]
-            yield Piece(*owner, tokens_CB[:n, slot].copy(), log_probs_CB[:n, slot].copy())
-        if not live_B[slot]:
-            owners[slot] = None
 
 
 def _columns(config: DecoderConfig, longest: int, length: int) -> int:
