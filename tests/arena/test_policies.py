@@ -10,11 +10,11 @@ from decoder_variants import LLAMA, spread_params
 from scipy import stats
 
 from epigone.arena.leakage import hidden_size
-from epigone.arena.policies import Best, Hidden, Noisy, Policy, Rounded, Tempered, shown_scores
+from epigone.arena.policies import Best, Hidden, Noisy, Policy, Rounded, Showing, Tempered, shown_scores
 from epigone.errors import UserError
 from epigone.models.decoder import abstract
 from epigone.models.sharding import make_mesh
-from epigone.sampling import scores
+from epigone.sampling import loop, scores, slots
 from epigone.sampling.decode import DecoderLanguageModel, sample
 from epigone.sampling.draw import draw
 from epigone.sampling.watermark import GreenList, Gumbel, Tournament, hashes, is_green, seeds
@@ -209,3 +209,31 @@ def test_a_policy_is_data_that_programs_are_compiled_for():
     policy = Policy((GreenList(1), Gumbel(2)), (Best(3),))
     assert hash(policy) == hash(dataclasses.replace(policy))
     assert policy.width == 4
+
+
+@pytest.mark.parametrize("policy", [
+    Policy(),
+    Policy((GreenList(3, width=2),), (Noisy(5, 0.3), Best(2), Rounded(2))),
+    Policy((Tempered(1.7), Gumbel(3)), (Hidden(),)),
+])  # fmt: skip
+def test_scores_that_are_shown_while_a_text_grows_are_those_of_the_whole_text(policy):
+    """With a cache and token by token, beside the forward pass over the text that came of it."""
+    prepared = loop.prepare(LLAMA, loop.Sharding(), PARAMS)
+    growing = slots.Slots(LLAMA, loop.Sharding(), prepared, 2, 64, policy.marks, Showing(policy, 4), chunk=4)
+    prompts, grown = [text[:5] for text in TEXTS[:3]], {0: [], 1: [], 2: []}
+    waiting = [slots.Text(n, prompt, 9, (n, 0, 0), loop.Knobs()) for n, prompt in enumerate(prompts)]
+    while waiting or growing.free < growing.count:
+        while waiting and growing.free:
+            growing.fill([waiting.pop()], 1)
+        for piece in growing.grow(loop.switches(loop.Knobs()), loop.Until(4, 2)):
+            grown[piece.owner].append(piece)
+    for number, prompt in enumerate(prompts):
+        tokens, seen = (
+            np.concatenate([piece.tokens for piece in grown[number]]),
+            jax.tree.map(lambda *parts: np.concatenate(parts), *[piece.seen for piece in grown[number]]),
+        )
+        ended = tokens[-1] in (LLAMA.specials.eos, *LLAMA.specials.stops)
+        text = np.r_[prompt, tokens[:-1] if ended and tokens[-1] == LLAMA.specials.eos else tokens].astype(np.int32)
+        (whole,) = shown_scores(LLAMA, PARAMS, policy, [text], 4)
+        for ours, theirs in zip(seen, whole, strict=True):
+            np.testing.assert_allclose(ours, theirs[len(prompt) :][: len(tokens)], atol=2e-4)

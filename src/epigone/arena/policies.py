@@ -13,17 +13,17 @@ from typing import Any, ClassVar, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from epigone.errors import UserError
 from epigone.models.config import DecoderConfig
 from epigone.models.decoder import NEVER
 from epigone.models.language_model import Document
 from epigone.models.sharding import Sharding, in_mesh, placed
+from epigone.sampling.loop import Seen
 from epigone.sampling.scores import hidden_states, in_chunks, windows_answers, windows_of
 from epigone.sampling.watermark import Mark, hashes, marked, seeds, widest
 
-__all__ = ["Best", "Hidden", "Measure", "Noisy", "Policy", "Rounded", "Scores", "Shown", "Tempered", "shown_scores"]
+__all__ = ["Best", "Hidden", "Measure", "Noisy", "Policy", "Rounded", "Scores", "Showing", "Tempered", "shown_scores"]
 
 
 class Scores(NamedTuple):
@@ -189,16 +189,30 @@ class Policy:
         return scores.log_probs_NV, scores.is_shown_NV
 
 
-class Shown(NamedTuple):
-    """What may be seen of the scores of one text: its n tokens and the end, n + 1 places.
+@dataclass(frozen=True)
+class Showing:
+    """What a policy shows of the scores at a place, as the sampling loop asks for it (`epigone.sampling.loop.Show`).
 
-    `ids` and `log_probs` are [n + 1, K], best first, ids -1 and log-probabilities NaN where less than K are shown;
-    `own` [n + 1] are those of the text's own tokens, NaN where they are not shown.
+    Attributes:
+        policy: of the box.
+        best: how many of the highest scores are asked for; the policy may show fewer.
     """
 
-    own: np.ndarray
-    ids: np.ndarray
-    log_probs: np.ndarray
+    policy: Policy
+    best: int
+
+    @property
+    def width(self) -> int:
+        """Tokens before a place that the policy looks at."""
+        return self.policy.width
+
+    def __call__(self, logits_NV: jax.Array, token_N: jax.Array, context_NH: jax.Array) -> Seen:
+        """Scores of the tokens that stand there, and the `best` of each place."""
+        log_probs_NV, is_shown_NV = self.policy(logits_NV, token_N, context_NH)
+        seen_NV = jnp.where(is_shown_NV, log_probs_NV, -jnp.inf)
+        own_N = jnp.take_along_axis(seen_NV, token_N[:, None], axis=1)[:, 0]
+        log_probs_NK, ids_NK = jax.lax.top_k(seen_NV, self.best)
+        return Seen(_or_nan(own_N), jnp.where(jnp.isfinite(log_probs_NK), ids_NK, -1), _or_nan(log_probs_NK))
 
 
 def shown_scores(
@@ -208,10 +222,11 @@ def shown_scores(
     documents: Sequence[Document],
     best: int,
     sharding: Sharding = Sharding(),
-) -> list[Shown]:
+) -> list[Seen]:
     """Scores of each document's tokens and of the end behind it as the policy shows them, and the `best` at each place.
 
-    They are computed from the text as it stands, prompt and answer alike, so that it does not matter who wrote it.
+    Of a document of n tokens there are n + 1 places. They are computed from the text as it stands, prompt and answer
+    alike, so that it does not matter who wrote it.
     Raises UserError for a document that is longer than the model reads at once, and for `best` below 0.
     """
     if best < 0:
@@ -219,18 +234,17 @@ def shown_scores(
     for document in documents:
         if len(document) >= config.max_length:
             raise UserError(f"a text has {len(document)} tokens, and the model's max_length is {config.max_length}")
-    ask = partial(_shown, config, sharding, policy, min(best, config.sizes.V), params)
+    ask = partial(_shown, config, sharding, Showing(policy, min(best, config.sizes.V)), params)
     windows = windows_of(documents, config.max_length, config.specials)
-    found = {window.document: Shown(*answer) for window, answer in windows_answers(config, sharding, windows, ask)}
+    found = {window.document: Seen(*answer) for window, answer in windows_answers(config, sharding, windows, ask)}
     return [found[index] for index in range(len(documents))]
 
 
-@partial(jax.jit, static_argnames=("config", "sharding", "policy", "best", "chunk"))
+@partial(jax.jit, static_argnames=("config", "sharding", "show", "chunk"))
 def _shown(
     config: DecoderConfig,
     sharding: Sharding,
-    policy: Policy,
-    best: int,
+    show: Showing,
     params: Any,
     tokens_BT: jax.Array,
     targets_BT: jax.Array,
@@ -238,21 +252,15 @@ def _shown(
     *,
     chunk: int,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """`Shown` of each place: own [B, T], ids and log-probabilities [B, T, best]."""
+    """`Seen` of each place: own [B, T], ids and log-probabilities [B, T, best]."""
     model, hidden_BTD = hidden_states(config, sharding, params, tokens_BT, lengths_B)
-    H, T = policy.width, tokens_BT.shape[1]
+    H, T = show.width, tokens_BT.shape[1]
     padded = jnp.pad(tokens_BT, [(0, 0), (H, 0)], constant_values=config.specials.bos)
     context_BTH = jnp.take(padded, jnp.arange(T)[:, None] + jnp.arange(1, H + 1), axis=1)
 
     def local(logits_BCV: jax.Array, targets_BC: jax.Array, context_BCH: jax.Array) -> tuple[jax.Array, ...]:
         B, C, V = logits_BCV.shape
-        token_N = targets_BC.reshape(-1)
-        log_probs_NV, is_shown_NV = policy(logits_BCV.reshape(-1, V), token_N, context_BCH.reshape(B * C, H))
-        seen_NV = jnp.where(is_shown_NV, log_probs_NV, -jnp.inf)
-        own_N = jnp.take_along_axis(seen_NV, token_N[:, None], axis=1)[:, 0]
-        log_probs_NK, ids_NK = jax.lax.top_k(seen_NV, best)
-        is_shown_NK = jnp.isfinite(log_probs_NK)
-        found = (_or_nan(own_N), jnp.where(is_shown_NK, ids_NK, -1), _or_nan(log_probs_NK))
+        found = show(logits_BCV.reshape(-1, V), targets_BC.reshape(-1), context_BCH.reshape(B * C, H))
         return tuple(x.reshape(B, C, *x.shape[1:]) for x in found)
 
     def places(hidden_BCD: jax.Array, targets_BC: jax.Array, context_BCH: jax.Array) -> tuple[jax.Array, ...]:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial, reduce
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -63,12 +63,45 @@ class State(NamedTuple):
     rings: list[Ring]
 
 
+class Seen(NamedTuple):
+    """Scores as they are shown: `own` [...] of the token at each place, `ids` and `log_probs` [..., K] of the highest.
+
+    Best first; where less than K are shown, ids are -1 and log-probabilities NaN, as `own` is where it is not shown.
+    """
+
+    own: Any
+    ids: Any
+    log_probs: Any
+
+
+class Show(Protocol):
+    """Which scores are shown; compared and hashed by what it does, since it is compiled into the loop."""
+
+    @property
+    def best(self) -> int:
+        """How many of the highest scores are shown at most: K."""
+        ...
+
+    @property
+    def width(self) -> int:
+        """Tokens before a place that it looks at."""
+        ...
+
+    def __call__(self, logits_NV: jax.Array, token_N: jax.Array, context_NH: jax.Array) -> Seen:
+        """Scores of places with these logits, tokens, and tokens before."""
+        ...
+
+
 class Drawn(NamedTuple):
-    """What was drawn in C steps: tokens, their natural-log probabilities, and the samples they belong to."""
+    """What was drawn in C steps: tokens, their natural-log probabilities, and the samples they belong to.
+
+    `seen` are the scores that are shown, [C, B] and [C, B, K], or None.
+    """
 
     tokens_CB: jax.Array
     log_probs_CB: jax.Array
     samples_CB: jax.Array
+    seen: Seen | None = None
 
 
 def switches(*knobs: Knobs) -> Switches:
@@ -213,7 +246,9 @@ class Until(NamedTuple):
     wanted: int = 0
 
 
-@partial(jax.jit, static_argnames=("config", "sharding", "chunk", "switch", "marks"), donate_argnames=("state",))
+@partial(
+    jax.jit, static_argnames=("config", "sharding", "chunk", "switch", "marks", "show"), donate_argnames=("state",)
+)
 def decode(
     config: DecoderConfig,
     sharding: Sharding,
@@ -223,17 +258,20 @@ def decode(
     state: State,
     until: Until,
     marks: tuple[Mark, ...] = (),
+    show: Show | None = None,
 ) -> tuple[State, Drawn]:
     """At most `chunk` steps, for which the record has room; fewer as `until` says, or when every row has ended.
 
-    The state's contexts are as long as the widest of the marks wants them (`widest`).
+    The state's contexts are as long as the widest of the marks (`widest`) and what shows scores want them.
     """
     model = nnx.merge(structure(config, sharding), prepared.params)
     first, rows = state.step, state.token_B.shape[0]
     last = first + jnp.minimum(until.steps, chunk)
-    drawn = Drawn(
-        jnp.zeros((chunk, rows), jnp.int32), jnp.zeros((chunk, rows)), jnp.full((chunk, rows), IDLE, jnp.int32)
-    )
+    nothing_CB = jnp.zeros((chunk, rows))
+    drawn = Drawn(nothing_CB.astype(jnp.int32), nothing_CB, jnp.full((chunk, rows), IDLE, jnp.int32))
+    if show is not None:
+        none_CBK = jnp.zeros((chunk, rows, show.best))
+        drawn = drawn._replace(seen=Seen(nothing_CB, none_CBK.astype(jnp.int32), none_CBK))
 
     next_token = partial(_next_token, switch, marks)
 
@@ -242,9 +280,10 @@ def decode(
         logits_BV, rings = read_one(model, prepared.layers, state.rings, state.step, state.token_B, state.position_B)
         keys_B = jax.vmap(jax.random.key)(state.seed_B)
         keys_B = token_keys(keys_B, state.prompt_B, state.sample_B, state.position_B)
-        token_B, log_prob_B = _choose(sharding, next_token, state.knobs, logits_BV, keys_B, state.context_BH)
-        step = (token_B, log_prob_B, jnp.where(state.live_B, state.sample_B, IDLE))
-        drawn = Drawn(*(all_.at[state.step - first].set(now) for all_, now in zip(drawn, step, strict=True)))
+        given = (state.knobs, logits_BV, keys_B, state.context_BH)
+        token_B, log_prob_B, seen = _choose(sharding, next_token, show, *given)
+        step = Drawn(token_B, log_prob_B, jnp.where(state.live_B, state.sample_B, IDLE), seen)
+        drawn = jax.tree.map(lambda all_, now: all_.at[state.step - first].set(now), drawn, step)
         return _advance(config, state._replace(rings=rings), token_B, until.wanted), drawn
 
     def going(carry: tuple[State, Drawn]) -> jax.Array:
@@ -257,20 +296,22 @@ def decode(
 def _choose(
     sharding: Sharding,
     next_token: Callable[..., jax.Array],
+    show: Show | None,
     knobs: Knobs,
     logits_BV: jax.Array,
     keys_B: jax.Array,
     context_BH: jax.Array,
-) -> tuple[jax.Array, jax.Array]:
-    """Tokens [B] and their log-probabilities under softmax(logits): before marks, temperature and limits."""
+) -> tuple[jax.Array, jax.Array, Seen | None]:
+    """Tokens [B], their log-probabilities under softmax(logits), before marks and knobs; and what is shown."""
 
     def local(
         logits_BV: jax.Array, key_data_B: jax.Array, context_BH: jax.Array, knobs: Knobs
-    ) -> tuple[jax.Array, jax.Array]:
+    ) -> tuple[jax.Array, jax.Array, Seen | None]:
         keys_B = jax.random.wrap_key_data(key_data_B)
         token_B = next_token(knobs, logits_BV, keys_B, context_BH)
         chosen_B = jnp.take_along_axis(logits_BV, token_B[:, None], axis=-1)[:, 0]
-        return token_B, chosen_B - jax.nn.logsumexp(logits_BV, axis=-1)
+        seen = None if show is None else show(logits_BV, token_B, context_BH)
+        return token_B, chosen_B - jax.nn.logsumexp(logits_BV, axis=-1), seen
 
     key_data_B = jax.random.key_data(keys_B)
     if not in_mesh():
@@ -278,8 +319,8 @@ def _choose(
     rows = sharding.activation("B")
     cut = jax.shard_map(local, in_specs=rows, out_specs=rows)
     given = (logits_BV, key_data_B, context_BH, knobs)
-    token_B, log_prob_B = cut(*jax.tree.map(lambda x: placed(x, rows), given))
-    return placed(token_B, P()), placed(log_prob_B, P())
+    found: tuple[jax.Array, jax.Array, Seen | None] = cut(*jax.tree.map(lambda x: placed(x, rows), given))
+    return jax.tree.map(lambda x: placed(x, P()), found)
 
 
 def _next_token(

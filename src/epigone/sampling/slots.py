@@ -16,6 +16,8 @@ from epigone.sampling.loop import (
     IDLE,
     Knobs,
     Prepared,
+    Seen,
+    Show,
     State,
     Switches,
     Texts,
@@ -73,12 +75,13 @@ class Text(NamedTuple):
 
 
 class Growth(NamedTuple):
-    """What the text of this owner gained, if anything, and whether it is complete."""
+    """What the text of this owner gained, if anything, whether it is complete, and the scores that are shown of it."""
 
     owner: Any
     tokens: np.ndarray
     log_probs: np.ndarray
     is_complete: bool
+    seen: Seen | None = None
 
 
 class Slots:
@@ -93,6 +96,8 @@ class Slots:
         count: of the slots, rounded up to what the mesh divides.
         columns: tokens that a text may hold, prompt included, and more where prompts are padded.
         marks: change what is drawn, by the tokens before.
+        show: says which scores are seen; None: none are.
+        chunk: steps for which there is room between two looks.
     """
 
     def __init__(
@@ -103,12 +108,16 @@ class Slots:
         count: int,
         columns: int,
         marks: tuple[Mark, ...] = (),
+        show: Show | None = None,
+        chunk: int = CHUNK,
     ) -> None:
-        self._config, self._sharding, self._prepared, self._marks = config, sharding, prepared, marks
+        self._config, self._sharding, self._prepared, self._chunk = config, sharding, prepared, chunk
+        self._marks, self._show = marks, show
         self.count = round_up(count, batch_parts(sharding))
         self.few = min(self.count, round_up(max(1, self.count // SHARE), batch_parts(sharding)))
         self._owners: list[Any] = [None] * self.count
-        self._state = start_empty(config, sharding, self.count, columns, prepared.params, np.int32(0), widest(marks))
+        width = max(widest(marks), show.width if show else 0)
+        self._state = start_empty(config, sharding, self.count, columns, prepared.params, np.int32(0), width)
 
     @property
     def free(self) -> int:
@@ -131,18 +140,19 @@ class Slots:
             self._state = refill(self._config, self._sharding, self._prepared, self._state, laid)
 
     def grow(self, switch: Switches, until: Until) -> list[Growth]:
-        """Go on with all texts, for at most `CHUNK` steps, and tell what they gained; complete ones leave."""
-        given = (self._config, self._sharding, CHUNK, switch, self._prepared, self._state)
-        self._state, record = decode(*given, until, self._marks)
-        tokens_CB, log_probs_CB, samples_CB = map(np.asarray, jax.device_get(record))
-        count_B, live_B = (samples_CB != IDLE).sum(axis=0), np.asarray(self._state.live_B)
+        """Go on with all texts, for at most `chunk` steps, and tell what they gained; complete ones leave."""
+        given = (self._config, self._sharding, self._chunk, switch, self._prepared, self._state)
+        self._state, record = decode(*given, until, self._marks, self._show)
+        record = jax.device_get(record)
+        count_B, live_B = (record.samples_CB != IDLE).sum(axis=0), np.asarray(self._state.live_B)
         found = []
         for slot, owner in enumerate(self._owners):
             if owner is None:
                 continue
             n, done = count_B[slot], not live_B[slot]
+            tokens, log_probs, _, seen = jax.tree.map(lambda x: x[:n, slot].copy(), record)  # noqa: B023
             if n or done:
-                found.append(Growth(owner, tokens_CB[:n, slot].copy(), log_probs_CB[:n, slot].copy(), done))
+                found.append(Growth(owner, tokens, log_probs, done, seen))
             if done:
                 self._owners[slot] = None
         return found
