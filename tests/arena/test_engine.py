@@ -1,0 +1,164 @@
+"""An engine that many ask at once: what each is told, who waits, who is late, who leaves, and what breaks."""
+
+import threading
+import time
+from collections import defaultdict
+
+import numpy as np
+import pytest
+from decoder_variants import LLAMA, spread_params
+
+from epigone.arena.engine import Ask, Engine, Full, Told, Why
+from epigone.arena.policies import Best, Hidden, Policy, Showing, shown_scores
+from epigone.errors import UserError
+from epigone.models.sharding import Sharding
+from epigone.sampling.decode import sample
+from epigone.sampling.loop import Knobs, prepare
+
+PARAMS = spread_params(LLAMA)
+PREPARED = prepare(LLAMA, Sharding(), PARAMS)
+PROMPTS = [np.random.default_rng(n).integers(8, LLAMA.vocab_size, n).astype(np.int32) for n in (5, 0, 3)]
+
+
+def engine(policy=Policy(), best=2, slots=4, waiting=64):
+    return Engine(LLAMA, PREPARED, policy, best=best, slots=slots, waiting=waiting)
+
+
+class Hearing:
+    """Collects what is told; `wait` until so many texts have ended."""
+
+    def __init__(self):
+        self.told = defaultdict(list)
+        self.ends = threading.Semaphore(0)
+
+    def __call__(self, number, told: Told):
+        self.told[number].append(told)
+        if told.why is not None:
+            self.ends.release()
+
+    def wait(self, count):
+        for _ in range(count):
+            assert self.ends.acquire(timeout=120)
+
+    def tokens(self, number):
+        return np.concatenate([told.tokens for told in self.told[number]])
+
+    def why(self, number):
+        return self.told[number][-1].why
+
+
+def ask(prompt=PROMPTS[0], length=9, seed=0, sample=0, **knobs):
+    return Ask(prompt, length, seed, sample, Knobs(**knobs))
+
+
+def test_many_who_ask_at_once_are_told_what_each_would_be_told_alone():
+    knobs = [{}, {"temperature": 0.0}, {"temperature": 0.5, "top_k": 5}, {"top_p": 0.7}]
+    asks = [ask(PROMPTS[n % 3], 3 + n % 8, n, n % 2, **knobs[n % 4]) for n in range(24)]
+    hearing = Hearing()
+    with engine() as running:
+        starts = [
+            threading.Thread(target=lambda n=n: running.ask([asks[n]], lambda _, told, n=n: hearing(n, told), 300))
+            for n in range(24)
+        ]
+        for start in starts:
+            start.start()
+        hearing.wait(24)
+        assert running.load == (0, 0)
+    for number, asked in enumerate(asks):
+        given = {"samples": 2, "length": asked.length, "slots": 2} | asked.knobs._asdict()
+        alone = sample(LLAMA, PARAMS, [asked.prompt], asked.seed, **given)[0][asked.sample].tokens
+        np.testing.assert_array_equal(hearing.tokens(number), alone)
+        ended = alone[-1] in (LLAMA.specials.eos, *LLAMA.specials.stops)
+        assert hearing.why(number) == (Why.STOP if ended else Why.LENGTH)
+        assert sum(told.why is not None for told in hearing.told[number]) == 1
+
+
+def test_scores_are_shown_as_the_policy_says():
+    for policy in (Policy(scores=(Best(1),)), Policy(scores=(Hidden(),))):
+        hearing = Hearing()
+        with engine(policy) as running:
+            running.ask([ask(length=4)], hearing, 300)
+            hearing.wait(1)
+        own = np.concatenate([told.seen.own for told in hearing.told[0]])
+        text = np.r_[PROMPTS[0], hearing.tokens(0)].astype(np.int32)[:9]
+        (whole,) = shown_scores(LLAMA, PARAMS, policy, [text], 2)
+        np.testing.assert_allclose(own[:4], whole.own[5:9], atol=2e-4)
+        assert np.isnan(own).all() == (policy.scores == (Hidden(),))
+        assert Showing(policy, 2).best == hearing.told[0][0].seen.ids.shape[1]
+
+
+def test_a_line_that_is_full_takes_all_of_a_question_or_nothing():
+    hearing = Hearing()
+    running = engine(slots=1, waiting=3)
+    with pytest.raises(Full):  # it does not run yet
+        running.ask([ask()], hearing, 300)
+    with running:
+        running.ask([ask(sample=n) for n in range(3)], hearing, 300)
+        with pytest.raises(Full, match="of 3 that may"):
+            running.ask([ask(sample=n) for n in range(4)], hearing, 300)
+        hearing.wait(3)
+    assert sorted(hearing.told) == [0, 1, 2]
+
+
+def test_who_gives_up_makes_room_and_hears_no_more():
+    gone, hearing = Hearing(), Hearing()
+    with engine(slots=1) as running:
+        tickets = running.ask([ask(sample=n, length=10) for n in range(20)], gone, 300)
+        running.give_up(tickets)
+        running.ask([ask(seed=5)], hearing, 300)
+        hearing.wait(1)
+        told = {number: len(all_) for number, all_ in gone.told.items()}
+        assert sum(any(one.why for one in all_) for all_ in gone.told.values()) < 3
+        assert {number: len(all_) for number, all_ in gone.told.items()} == told
+    alone = sample(LLAMA, PARAMS, [PROMPTS[0]], 5, samples=1, length=9, slots=1)[0][0].tokens
+    np.testing.assert_array_equal(hearing.tokens(0), alone)
+
+
+def test_whose_time_is_over_is_told_so_and_others_go_on():
+    late, hearing = Hearing(), Hearing()
+    with engine(slots=1) as running:
+        running.ask([ask(sample=n) for n in range(5)], hearing, 300)
+        running.ask([ask()], late, 0.0)
+        late.wait(1)
+        hearing.wait(5)
+    assert late.why(0) == Why.TIME
+    assert {hearing.why(n) for n in range(5)} <= {Why.STOP, Why.LENGTH}
+
+
+def test_what_breaks_is_told_to_all_who_wait_and_nobody_may_ask_then():
+    hearing = Hearing()
+    running = engine(slots=1)
+    running._slots.grow = lambda *_: (_ for _ in ()).throw(MemoryError("no room on the device"))
+    with running:
+        running.ask([ask(sample=n) for n in range(3)], hearing, 300)
+        hearing.wait(3)
+        assert {hearing.why(n) for n in range(3)} == {Why.ERROR}
+        with pytest.raises(Full, match="no room on the device"):
+            running.ask([ask()], hearing, 300)
+
+
+def test_who_waits_is_told_when_the_engine_is_closed():
+    hearing = Hearing()
+    with engine(slots=1) as running:
+        running.ask([ask(sample=n) for n in range(30)], hearing, 300)
+    hearing.wait(30)
+    assert Why.ERROR in {hearing.why(n) for n in range(30)}
+
+
+@pytest.mark.parametrize("wrong", [
+    lambda: engine(slots=0),
+    lambda: engine(best=-1),
+    lambda: engine().ask([ask(np.zeros(16, np.int32))], print, 1),
+    lambda: engine().ask([ask(length=0)], print, 1),
+    lambda: engine().ask([ask(temperature=-1.0)], print, 1),
+])  # fmt: skip
+def test_what_cannot_be_is_refused(wrong):
+    with pytest.raises(UserError):
+        wrong()
+
+
+def test_an_engine_that_nobody_asks_costs_nothing():
+    with engine():
+        begun = time.process_time()
+        time.sleep(0.3)
+        assert time.process_time() - begun < 0.15
