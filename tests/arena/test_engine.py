@@ -109,7 +109,7 @@ def test_who_gives_up_makes_room_and_hears_no_more():
         hearing.wait(1)
         told = {number: len(all_) for number, all_ in gone.told.items()}
         assert sum(any(one.why for one in all_) for all_ in gone.told.values()) < 3
-        assert {number: len(all_) for number, all_ in gone.told.items()} == told
+    assert {number: len(all_) for number, all_ in gone.told.items()} == told
     alone = sample(LLAMA, PARAMS, [PROMPTS[0]], 5, samples=1, length=9, slots=1)[0][0].tokens
     np.testing.assert_array_equal(hearing.tokens(0), alone)
 
