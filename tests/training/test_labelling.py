@@ -15,7 +15,7 @@ from epigone.models.config import DecoderConfig
 from epigone.teachers.cached import CachedTeacher
 from epigone.teachers.in_memory import DecoderTeacher
 from epigone.teachers.kept import HiddenStates, RandomDraws, TopK, TopP
-from epigone.teachers.score_files import ScoreFiles
+from epigone.teachers.score_files import Claims, ScoreFiles
 from epigone.training import labelling, loop
 from epigone.training.config import Hardware, Training
 from epigone.training.labelling import label
@@ -134,6 +134,20 @@ def test_one_waits_for_what_another_is_at_and_takes_over_what_it_left(tmp_path, 
     done = asked(TopK(5), tmp_path / "left", params, rows)[1]
     assert done.seconds >= 0.4
     assert contents(tmp_path / "left") == contents(tmp_path / "whole")
+
+
+def test_what_another_ends_while_it_is_claimed_is_not_scored_again(tmp_path, params, monkeypatch):
+    rows, take = [pack(DOCUMENTS, T)], Claims.take
+
+    def late(self, name):
+        monkeypatch.setattr(Claims, "take", take)
+        assert asked(TopK(5), tmp_path, params, rows)[1].tokens == rows[0].targets
+        return take(self, name)
+
+    monkeypatch.setattr(Claims, "take", late)
+    assert asked(TopK(5), tmp_path, params, rows)[1].tokens == 0
+    assert Claims.take is take
+    assert not list((tmp_path / "claims").iterdir())
 
 
 def test_a_text_that_was_not_scored_is_refused(tmp_path, params):

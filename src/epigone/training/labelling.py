@@ -114,13 +114,27 @@ class _Work:
         found = segments(planes_R3T[:, 0], planes_R3T[:, 2])
         name = _name(found)
         self.keys.update(segment.key for segment in found)
-        missing = {found[number].key for number in self.files.missing([segment.key for segment in found])}
-        state = _first_says(lambda: _MINE if missing and self.claims.take(name) else _BUSY if missing else _DONE)
+        state = _first_says(lambda: self._look(name, found))
         if state == _MINE:
-            self._score_piece(name, planes_R3T, missing)
+            self._score_piece(name, planes_R3T, self._missing(found))
         elif state == _DONE:
             self._tell(-(-len(planes_R3T) // self.batch_size))
         return state != _BUSY
+
+    def _look(self, name: str, found: Sequence[Segment]) -> int:
+        """Claim a piece, unless it is on disk or another is at it."""
+        if not self._missing(found):
+            return _DONE
+        if not self.claims.take(name):
+            return _BUSY
+        self.files.refresh()  # who had claimed it may have ended since
+        if self._missing(found):
+            return _MINE
+        self.claims.give_up(name)
+        return _DONE
+
+    def _missing(self, found: Sequence[Segment]) -> set[bytes]:
+        return {found[number].key for number in self.files.missing([segment.key for segment in found])}
 
     def _score_piece(self, name: str, planes_R3T: np.ndarray, missing: set[bytes]) -> None:
         """All processes of a program score; the first one writes."""
