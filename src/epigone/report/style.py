@@ -26,6 +26,9 @@ INK, MUTED, LINE = "#1c2127", "#66707b", "#dfe3e8"
 PALETTE = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7a5195")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 
+DPI = 130
+"""Pixels an inch of the PNG files."""
+
 _RC: dict[Any, Any] = {
     "font.size": 10, "font.family": "sans-serif", "svg.fonttype": "none", "svg.hashsalt": "epigone",
     "text.color": INK, "axes.edgecolor": MUTED, "axes.labelcolor": MUTED, "axes.titlecolor": INK,
@@ -109,9 +112,12 @@ def fit_scale(axes: Axes, values: list[float], ratio: float = 3.0) -> None:
 
 def save(figure: Figure, name: str, directory: Path, label: str) -> str:
     """Write `directory/name.png`; return the figure as an inline SVG element with the accessible name `label`."""
-    figure.savefig(_buffer := BytesIO(), format="png", dpi=130, facecolor="white")
+    figure.set_dpi(DPI)
+    if (layout := figure.get_layout_engine()) is not None:
+        layout.execute(figure)
+    figure.set_layout_engine(None)  # all is in its place; a figure with a layout is drawn twice for each file
+    figure.savefig(_buffer := BytesIO(), format="png", dpi=DPI, facecolor="white")
     write_whole(directory / f"{name}.png", _buffer.getvalue())
-    figure.set_layout_engine("none")  # all is in its place, and finding it takes longer than drawing
     text = StringIO()
     figure.savefig(text, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     return _themed(text.getvalue(), name, label)
