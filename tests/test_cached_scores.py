@@ -4,7 +4,7 @@ import dataclasses
 from pathlib import Path
 
 import pytest
-from tiny import Silent
+from tiny import Silent, few_verses
 
 from epigone.grow import grow
 from epigone.store import Store
@@ -13,15 +13,23 @@ from epigone.verbs.run import load_config
 CONFIG = Path(__file__).parent.parent / "configs" / "cached_scores.py"
 
 
+def smaller(node):
+    """The same lesson in narrow rows for a narrow model."""
+    training = dataclasses.replace(node.lesson.training, batch_size=4, sequence_length=64, compare_every=None)
+    lesson = dataclasses.replace(node.lesson, training=training)
+    return dataclasses.replace(node, model=dataclasses.replace(node.model, model_size=32), lesson=lesson)
+
+
 @pytest.fixture(scope="module")
 def records(tmp_path_factory):
-    """Records by name, one seed, little text and few steps."""
-    lineage = load_config(CONFIG)(seeds=1, tokens=8_000, scale=0.05)
+    """Records by name, one seed, little text and few short rows."""
+    lineage = load_config(CONFIG)(seeds=1, tokens=8_000, scale=0.2)
     few = dataclasses.replace(lineage.evaluation.text, tokens=3_000)
     evaluation = dataclasses.replace(lineage.evaluation, text=few, write_tokens=0, contexts=50, prompts=())
-    lineage = dataclasses.replace(lineage, evaluation=evaluation)
+    lineage = dataclasses.replace(lineage, nodes=tuple(map(smaller, lineage.nodes)), evaluation=evaluation)
     run = tmp_path_factory.mktemp("cached-scores") / "run"
-    grow(lineage, run, view=Silent())
+    with few_verses():
+        grow(lineage, run, view=Silent())
     store = Store(run, lineage)
     return {node.name: store.record(node) for node in lineage.nodes}
 
