@@ -1,9 +1,12 @@
 """An engine that many ask at once: what each is told, who waits, who is late, who leaves, and what breaks."""
 
+import contextlib
+import logging
 import threading
 import time
 from collections import defaultdict
 
+import jax
 import numpy as np
 import pytest
 from decoder_variants import LLAMA, spread_params
@@ -11,17 +14,30 @@ from decoder_variants import LLAMA, spread_params
 from epigone.arena.engine import Ask, Engine, Full, Told, Why
 from epigone.arena.policies import Best, Hidden, Policy, Showing, shown_scores
 from epigone.errors import UserError
-from epigone.models.sharding import Sharding
 from epigone.sampling.decode import sample
-from epigone.sampling.loop import Knobs, prepare
+from epigone.sampling.loop import Knobs
 
 PARAMS = spread_params(LLAMA)
-PREPARED = prepare(LLAMA, Sharding(), PARAMS)
 PROMPTS = [np.random.default_rng(n).integers(8, LLAMA.vocab_size, n).astype(np.int32) for n in (5, 0, 3)]
 
 
 def engine(policy=Policy(), best=2, slots=4, waiting=64):
-    return Engine(LLAMA, PREPARED, policy, best=best, slots=slots, waiting=waiting)
+    return Engine(LLAMA, PARAMS, policy, best=best, slots=slots, waiting=waiting)
+
+
+@contextlib.contextmanager
+def compilations():
+    """What is compiled, in any thread."""
+    said, logger = [], logging.getLogger("jax")
+    handler = logging.Handler()
+    handler.emit = lambda record: said.append(record.getMessage()) if "Compiling" in record.getMessage() else None
+    logger.addHandler(handler)
+    jax.config.update("jax_log_compiles", True)
+    try:
+        yield said
+    finally:
+        jax.config.update("jax_log_compiles", False)
+        logger.removeHandler(handler)
 
 
 class Hearing:
@@ -85,6 +101,25 @@ def test_scores_are_shown_as_the_policy_says():
         np.testing.assert_allclose(own[:4], whole.own[5:9], atol=2e-4)
         assert np.isnan(own).all() == (policy.scores == (Hidden(),))
         assert Showing(policy, 2).best == hearing.told[0][0].seen.ids.shape[1]
+
+
+def test_scores_of_texts_that_are_there_are_told_beside_texts_that_grow():
+    hearing, reading = Hearing(), Hearing()
+    policy = Policy(scores=(Best(2),))
+    texts = [PROMPTS[0], PROMPTS[2], PROMPTS[1], np.r_[PROMPTS[0], PROMPTS[2]].astype(np.int32)]
+    with engine(policy, slots=3) as running:
+        running.ask([ask(length=9, sample=n) for n in range(6)], hearing, 300)
+        running.read(texts, reading, 300)
+        with pytest.raises(UserError, match="tokens"):
+            running.read([np.zeros(16, np.int32)], reading, 300)
+        with pytest.raises(Full):
+            running.read(texts * 20, reading, 300)
+        reading.wait(4)
+        hearing.wait(6)
+    for number, whole in enumerate(shown_scores(LLAMA, PARAMS, policy, texts, 2)):
+        (told,) = reading.told[number]
+        np.testing.assert_allclose(told.seen.own, whole.own, atol=1e-5)
+        np.testing.assert_array_equal(told.seen.ids, whole.ids)
 
 
 def test_a_line_that_is_full_takes_all_of_a_question_or_nothing():
@@ -155,6 +190,20 @@ def test_who_waits_is_told_when_the_engine_is_closed():
 def test_what_cannot_be_is_refused(wrong):
     with pytest.raises(UserError):
         wrong()
+
+
+def test_a_warm_engine_compiles_nothing_for_any_length_and_knobs(monkeypatch):
+    hearing = Hearing()
+    with engine(Policy(scores=(Best(2),))) as running:
+        running.warm()
+        assert running.load == (0, 0)
+        with compilations() as compiled:
+            knobs = [{}, {"temperature": 0.0}, {"top_k": 3}, {"top_p": 0.5, "temperature": 0.7}]
+            asks = [ask(np.full(n % 15, 9, np.int32), 1 + n % 2, **knobs[n % 4]) for n in range(30)]
+            running.ask(asks, hearing, 300)
+            running.read([np.full(n, 9, np.int32) for n in range(4)], hearing, 300)
+            hearing.wait(34)
+    assert not compiled
 
 
 def test_an_engine_that_nobody_asks_costs_nothing():
