@@ -23,7 +23,19 @@ from epigone.sampling.loop import Seen
 from epigone.sampling.scores import hidden_states, in_chunks, windows_answers, windows_of
 from epigone.sampling.watermark import Mark, hashes, marked, seeds, widest
 
-__all__ = ["Best", "Hidden", "Measure", "Noisy", "Policy", "Rounded", "Scores", "Showing", "Tempered", "shown_scores"]
+__all__ = [
+    "POLICIES",
+    "Best",
+    "Hidden",
+    "Measure",
+    "Noisy",
+    "Policy",
+    "Rounded",
+    "Scores",
+    "Showing",
+    "Tempered",
+    "shown_scores",
+]
 
 
 class Scores(NamedTuple):
@@ -174,6 +186,11 @@ class Policy:
         """Tokens before a place that any part looks at."""
         return max(widest(self.marks), max((measure.width for measure in self.scores), default=0))
 
+    @property
+    def shows(self) -> bool:
+        """Whether any score is shown."""
+        return not any(isinstance(measure, Hidden) for measure in self.scores)
+
     def __call__(self, logits_NV: jax.Array, token_N: jax.Array, context_NH: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Log-probabilities [N, V] as they are shown, and which are: of places with these tokens, and these before.
 
@@ -187,6 +204,16 @@ class Policy:
         for measure in self.scores:
             scores = measure(scores)
         return scores.log_probs_NV, scores.is_shown_NV
+
+
+POLICIES = {
+    "all": Policy(),
+    "best20": Policy(scores=(Best(20, own=True),)),
+    "best5": Policy(scores=(Best(5, own=True),)),
+    "rounded": Policy(scores=(Best(5, own=True), Rounded(1))),
+    "text": Policy(scores=(Hidden(),)),
+}
+"""Policies that have a name: all scores, the 20 or 5 best as public endpoints show them, these in tenths, or none."""
 
 
 @dataclass(frozen=True)

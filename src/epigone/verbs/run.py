@@ -121,6 +121,11 @@ def _check_jobs(given: Any, verb: str) -> None:
 
 def load_config(path: Path) -> Callable[..., Lineage]:
     """The function `lineage` of a config file. Raises UserError for a file that is not one."""
+    return load_function(path, "lineage", "that returns a Lineage")
+
+
+def load_function(path: Path, name: str, does: str) -> Callable[..., Any]:
+    """A function of a Python file that a user wrote. Raises UserError where there is no such file or function."""
     if not path.is_file():
         near = get_close_matches(str(path), [str(p) for p in Path("configs").glob("**/*.py")], n=1, cutoff=0.3)
         raise UserError(f"no config '{path}'" + (f"; did you mean '{near[0]}'?" if near else ""))
@@ -132,9 +137,9 @@ def load_config(path: Path) -> Callable[..., Lineage]:
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
     _guarded(path, lambda: spec.loader.exec_module(module))  # type: ignore[union-attr]
-    if not callable(getattr(module, "lineage", None)):
-        raise UserError(f"config '{path}' has no function 'lineage' that returns a Lineage")
-    return module.lineage
+    if not callable(found := getattr(module, name, None)):
+        raise UserError(f"config '{path}' has no function '{name}' {does}")
+    return found
 
 
 def _module_name(path: Path) -> str:
