@@ -36,6 +36,8 @@ def commands(first_word: str) -> list[str]:
 
 def shrunk(words: list[str]) -> list[str]:
     """The same command on a smaller lineage; one node of it on a mesh, in a run of its own, or where a value is set."""
+    if words[0] == "serve":
+        return [*words, "--port", "0"]
     if words[0] != "run" or {"--help", "--dry-run"} & set(words):
         return words
     if any(word.startswith("--hardware") for word in words):
@@ -66,11 +68,15 @@ def test_the_readme_has_commands_of_every_verb():
 
 def test_every_epigone_command_works(folder, monkeypatch, capsys):
     monkeypatch.chdir(folder)
+    monkeypatch.setattr("uvicorn.Server.run", lambda *_, sockets: served.extend(sockets))
+    served = []
     with tiny.few_verses(every=8):  # the helpers of --jobs read what the first command has prepared
         for command in commands("epigone "):
             assert main(shrunk(shlex.split(command)[1:])) == 0, command + "\n" + capsys.readouterr().err
+    assert len(served) == 1
     shown = capsys.readouterr().out
     assert "nodes grown in" in shown
+    assert "quickstart/teacher@0 answers at http://127.0.0.1:" in shown
     assert not re.search(r"nodes are done", shown)  # every command had something to do
     assert {"report.html", "results.json", "results.csv"} <= {p.name for p in (folder / "runs/quickstart").iterdir()}
 

@@ -85,6 +85,24 @@ def _sample(arguments: list[str]) -> None:
         print(piece, end="", flush=True)
 
 
+def _serve(arguments: list[str]) -> None:
+    from epigone.verbs.serve import Serve, serve_node
+
+    serve_node(parse(Serve, arguments, "epigone serve"))
+
+
+def _keys(arguments: list[str]) -> None:
+    from epigone.verbs.keys import Keys, change_keys
+
+    change_keys(parse(Keys, arguments, "epigone keys"))
+
+
+def _collect(arguments: list[str]) -> None:
+    from epigone.verbs.collect import collect_answers
+
+    collect_answers(arguments)
+
+
 def _evaluate(arguments: list[str]) -> None:
     from epigone.verbs.evaluate import Evaluate, evaluate_node
 
@@ -110,6 +128,9 @@ VERBS: dict[str, tuple[str, Callable[[list[str]], None]]] = {
     "label": ("Ask the teachers of a config once, and keep their scores on disk.", _label),
     "import": ("Make a node of a Hugging Face folder or a GGUF file.", _import),
     "sample": ("Let a node write.", _sample),
+    "serve": ("Put a node behind the OpenAI interface, with a policy.", _serve),
+    "keys": ("Who may ask a node that is served, and how much.", _keys),
+    "collect": ("Ask an endpoint very many prompts, once, and keep its answers as a data set.", _collect),
     "evaluate": (
         "Measure a node on a text: perplexity, calibration, agreement with a teacher, tasks.",
         _evaluate,

@@ -19,9 +19,19 @@ from epigone.data import embedded, files
 from epigone.data.datasets import CARD, Documents, describe, open_splits, read_text, write_splits, write_text
 from epigone.errors import Fault, UserError
 from epigone.storage.folders import fetched, is_whole, writing
-from epigone.storage.places import on_store
+from epigone.storage.places import on_store, reached
 
-__all__ = ["Documents", "Embedded", "TextFiles", "Tfds", "read_text", "slice_documents", "slice_indices", "write_text"]
+__all__ = [
+    "Collected",
+    "Documents",
+    "Embedded",
+    "TextFiles",
+    "Tfds",
+    "read_text",
+    "slice_documents",
+    "slice_indices",
+    "write_text",
+]
 
 SHARES = (0.90, 0.05, 0.05)
 SPLITS = ("train", "validation", "test")
@@ -113,6 +123,25 @@ class TextFiles:
                     yield text
         if empty:
             raise UserError(f"'{self.pattern}' has no text: every file that matches is empty")
+
+
+@dataclass(frozen=True)
+class Collected:
+    """What an endpoint answered: the data set that `epigone collect` publishes.
+
+    Attributes:
+        folder: of the collection, such as collections/NAME.
+    """
+
+    folder: str
+
+    splits: ClassVar[tuple[str, ...]] = ("train",)
+
+    def prepare(self, data_dir: Path) -> dict[str, Documents]:
+        """Its documents, in one split. Raises UserError where nothing is published, Fault for damaged files."""
+        if not is_whole(answers := reached(self.folder) / "answers"):
+            raise UserError(f"'{self.folder}' has no answers: 'epigone collect' publishes them there")
+        return open_splits(answers)
 
 
 @dataclass(frozen=True)
