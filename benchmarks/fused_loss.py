@@ -4,7 +4,8 @@ Forward KL at temperature 1 between two heads over one vocabulary, float32: the 
 hidden states and head; `--objective` takes any other, beside the dense form alone, and each size may have several
 values. Before anything is timed, all must give the same loss and the same gradients. Every round times every
 implementation once, in an order that rotates; what is printed are medians over the rounds, and medians and quartiles of
-the ratio within a round. All run in one process: the same threads, and the same settings of the C library's allocator
+the ratio within a round. The dense form stands there twice: what differs between its two lines is chance. All run in
+one process: the same threads, and the same settings of the C library's allocator
 (src/epigone/runtime.py; EPIGONE_RUNTIME=off leaves them as they are). Temporaries are what XLA's compiled program needs
 beside its arguments and results.
 """
@@ -146,7 +147,7 @@ def jobs_of(shape: Shape, objective: str) -> tuple[dict[str, Job], list[str]]:
     """All implementations that are installed, ours first, and lines to be told."""
     given, told = arrays(shape), []
     jobs: dict[str, Job] = {}
-    for name, fused in (("fused", True), ("dense", False)):
+    for name, fused in (("fused", True), ("dense", False), ("dense again", False)):
         jobs[name], size = ours(given, fused, OBJECTIVES[objective])
         told.append(f"{name}: {size / 1e6:,.0f} MB of temporaries")
     if objective != "forward_kl":
