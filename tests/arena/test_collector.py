@@ -174,6 +174,30 @@ def test_a_prompt_that_is_refused_is_not_asked_again_and_harms_no_other(tmp_path
     assert run(tmp_path, wanted, again).now == 0
 
 
+def test_where_all_is_refused_the_question_is_wrong_and_nothing_is_noted(tmp_path):
+    wanted, calls = collection(60), Stub(script=lambda *_: refusal(400, "unknown field"))
+    with pytest.raises(UserError, match=r"all refused \(HTTP 400: unknown field\)"):
+        run(tmp_path, wanted, calls)
+    assert not kept(tmp_path, wanted)
+    assert run(tmp_path, wanted, Stub()).refused == 0
+    few = collection(3)
+    assert run(tmp_path / "few", few, calls).refused == 3  # a few may be wrong
+    assert run(tmp_path / "few", few, Stub()).now == 0
+    for status in (301, 405, 415):
+        with pytest.raises(UserError, match=f"refuses us: HTTP {status}"):
+            run(tmp_path / "other", wanted, Stub(script=lambda *_, status=status: refusal(status)))
+
+
+def test_an_endpoint_that_counts_nothing_is_counted_at_its_most(tmp_path):
+    def script(number, body):
+        return httpx.Response(200, json={"choices": [{"text": "x"}] * 2})
+
+    wanted = collection(50, Budget(tokens=500), Asking(n=2, max_tokens=12))
+    done = run(tmp_path, wanted, Stub(script=script))
+    assert 400 < done.tokens <= 500
+    assert done.tokens == sum(len(prompt) + 16 + 24 for prompt in kept(tmp_path, wanted))
+
+
 @pytest.mark.parametrize("seconds", [0.0, 0.005])
 def test_no_budget_is_exceeded_whatever_is_under_way(tmp_path, seconds):
     asking, price = Asking(n=2, max_tokens=12), {"read_price": 1000.0, "write_price": 2000.0}

@@ -17,11 +17,13 @@ import pytest
 import uvicorn
 from decoder_variants import LLAMA, spread_params
 
+from epigone.arena import server as server_module
 from epigone.arena.accounts import Accounts, Bounds, Key, State
 from epigone.arena.engine import Engine
 from epigone.arena.policies import Best, Policy, shown_scores
 from epigone.arena.server import Box, application
 from epigone.data.tokenizers import Bytes
+from epigone.errors import Fault
 from epigone.sampling.decode import sample
 from epigone.verbs import serve
 
@@ -398,7 +400,7 @@ def ended(accounts, since, count):
 
 
 def last(accounts):
-    return accounts._base.execute("SELECT max(number) FROM questions").fetchone()[0]
+    return accounts._base.execute("SELECT coalesce(max(number), 0) FROM questions").fetchone()[0]
 
 
 def test_a_client_that_leaves_makes_room(url, secret, box, accounts):
@@ -428,6 +430,54 @@ def test_a_client_that_leaves_makes_room(url, secret, box, accounts):
     finally:
         box.engine._slots.grow = held
     assert ended(accounts, began, 2) == [499, 499]
+
+
+def test_who_does_not_read_and_who_sends_a_second_head_slowly_is_left(box, secret, accounts, monkeypatch):
+    monkeypatch.setattr(serve, "HEADER_SECONDS", 0.5)
+    began = last(accounts)
+    body = json.dumps(QUESTION | {"stream": True}).encode()
+    head = HEAD + f"Authorization: Bearer {secret}\r\nContent-Length: {len(body)}\r\n\r\n".encode()
+    with listening(box) as url:
+        host, port = url.removeprefix("http://").split(":")
+        with socket.create_connection((host, int(port)), timeout=20) as connection:
+            connection.sendall(head + body)
+            said = b""
+            while b"[DONE]" not in said:
+                said += connection.recv(65536)
+            connection.settimeout(0.1)
+            for byte in b"POST /v1/completions HTTP/1.1\r\nHost: x\r\n" * 2:
+                if b" 408 " in said:
+                    break
+                with contextlib.suppress(OSError):
+                    connection.sendall(bytes([byte]))
+                    said += connection.recv(65536)
+        assert b" 408 " in said
+    monkeypatch.setattr(server_module._Stream, "__call__", unread(server_module._Stream.__call__))
+    with listening(dataclasses.replace(box, bounds=Bounds(seconds=0.5, patience=0.1))) as url:
+        raw(url, head + body)
+    assert ended(accounts, began, 2) == [200, 499]
+
+
+def unread(call):
+    """As if the client read nothing, so that nothing more can be sent."""
+
+    async def stuck(self, scope, receive, send):
+        async def send_nothing(message):
+            await asyncio.sleep(60)
+
+        await call(self, scope, receive, send_nothing)
+
+    return stuck
+
+
+def test_a_log_that_cannot_be_written_is_a_503(box, secret, post, monkeypatch):
+    def full(*_):
+        raise Fault("/secret/path: disk full")
+
+    monkeypatch.setattr(Accounts, "note", full)
+    answer = post("/v1/completions", QUESTION)
+    assert answer.status_code == 503
+    assert "secret" not in answer.text
 
 
 def test_a_question_whose_time_is_over_says_so(box, secret):

@@ -14,10 +14,13 @@ from typing import Any, NamedTuple
 
 import httpx
 
-from epigone.arena.endpoint import Asking, Client, Endpoint, Unanswerable
+from epigone.arena.endpoint import Asking, Client, Endpoint, Unanswerable, most_tokens
 from epigone.arena.journal import Journal, Kept, key_of
-from epigone.data.datasets import CARD, write_text
+from epigone.data.datasets import CARD, read_text, write_text
 from epigone.errors import UserError, check_name, check_sizes
+
+REFUSALS = 20
+"""Prompts of which not one was answered: then it is the question that is wrong, not they."""
 
 AT_ONCE = 256
 """Prompts that are looked up in the journal together."""
@@ -135,8 +138,7 @@ def estimate(collection: Collection, prompts: Iterable[str], look_at: int = 100_
 
 def _most(collection: Collection, prompt: str) -> tuple[int, float]:
     """Tokens and money that a prompt may cost."""
-    read = len(prompt.encode()) + 16  # a chat's template has some tokens of its own
-    written = collection.asking.n * collection.asking.max_tokens
+    read, written = most_tokens(prompt, collection.asking)
     return read + written, _price(collection.endpoint, read, written)
 
 
@@ -164,6 +166,8 @@ async def collect(
         workers = [asyncio.create_task(work.run()) for _ in range(collection.endpoint.at_once)]
         try:
             await asyncio.gather(*workers)
+            journal.write(work.refusals)
+            work.count(work.refusals)
         finally:
             for worker in workers:
                 worker.cancel()
@@ -199,6 +203,7 @@ class _Work:
         self.collection, self.journal, self.client, self.groups = collection, journal, client, groups
         self.progress, self.on_progress = progress, on_progress
         self._under_way, self._settled = 0, asyncio.Event()
+        self._answered, self.refusals = progress.asked > progress.refused, list[Kept]()
 
     async def run(self) -> None:
         """One worker: until there is nothing to ask, or nothing to spend."""
@@ -207,8 +212,7 @@ class _Work:
             self._hold(sum(tokens for tokens, _ in most), sum(money for _, money in most), len(group))
             try:
                 kept = await self._ask(group)
-                await self.journal.put(kept)
-                self._count(kept)
+                await self._keep(kept)
             finally:
                 self._hold(-sum(tokens for tokens, _ in most), -sum(money for _, money in most), -len(group))
             self.progress.allowed, self.progress.waits = self.client.allowed, self.client.waits
@@ -250,13 +254,27 @@ class _Work:
                 return [Kept(group[0], [], str(error), 0, 0)]
         return [kept for prompt in group for kept in await self._ask([prompt])]
 
+    async def _keep(self, kept: list[Kept]) -> None:
+        """Keep and count answers; of refusals the first wait for an answer, since it may be that all is refused."""
+        self._answered |= any(one.refused is None for one in kept)
+        if not self._answered:
+            self.refusals += kept
+            if len(self.refusals) >= REFUSALS:
+                why = kept[-1].refused
+                raise UserError(f"the first {len(self.refusals)} prompts were all refused ({why}): none of it is kept")
+            return
+        kept, self.refusals = [*self.refusals, *kept], []
+        await self.journal.put(kept)
+        self.count(kept)
+
     def _hold(self, tokens: int, money: float, questions: int) -> None:
         held = self.progress.held
         self.progress.held = (held[0] + tokens, held[1] + money)
         self._under_way += questions
         self._settled.set()
 
-    def _count(self, kept: list[Kept]) -> None:
+    def count(self, kept: list[Kept]) -> None:
+        """They are on the disk."""
         for one in kept:
             self.progress.asked += 1
             self.progress.now += 1
@@ -295,6 +313,8 @@ def publish(collection: Collection, folder: Path) -> dict[str, Any]:
         "answers_sha256": hashed.hexdigest(),
     }
     if (target / CARD).exists():
+        if read_text(target).card.get("answers_sha256") == card["answers_sha256"]:
+            return card
         shutil.rmtree(target)
     write_text(
         target, _documents(collection, paths), card | {"published": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}

@@ -150,20 +150,20 @@ class Client:
             raise UserError(f"endpoint '{self.endpoint.url}': {error}") from None
         if answer.status_code == 200:
             try:
-                found = _kept(prompts, answer.json(), self.asking.n)
+                found = _kept(prompts, answer.json(), self.asking)
             except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
                 return (backoff, f"an answer that cannot be read ({type(error).__name__}: {error})"), None
             await self._went_well()
             return (0.0, ""), found
         why = f"HTTP {answer.status_code}: {_sentence(answer)}"
-        if answer.status_code in (401, 403, 404):
-            raise UserError(f"{self.endpoint.url} refuses us: {why}")
         if answer.status_code in (408, 409, 425, 429) or answer.status_code >= 500:
             stated = _stated(answer.headers.get("Retry-After"))
             if answer.status_code in (429, 503):
                 self._hold(backoff if stated is None else stated)
             return (max(backoff, stated or 0.0), why), None
-        raise Unanswerable(why)
+        if answer.status_code in (400, 413, 422):
+            raise Unanswerable(why)
+        raise UserError(f"{self.endpoint.url} refuses us: {why}")
 
     def _body(self, prompts: Sequence[str]) -> dict[str, Any]:
         asking = self.asking
@@ -216,14 +216,25 @@ class _Turn:
             self._client._free.notify()
 
 
-def _kept(prompts: Sequence[str], body: dict[str, Any], n: int) -> list[Kept]:
-    """What an endpoint answered. Raises one of many errors for what is no answer to these prompts."""
+def most_tokens(prompt: str, asking: Asking) -> tuple[int, int]:
+    """Tokens that a prompt may have, with those of a chat's template, and that may be written for it, at most."""
+    return len(prompt.encode()) + 16, asking.n * asking.max_tokens
+
+
+def _kept(prompts: Sequence[str], body: dict[str, Any], asking: Asking) -> list[Kept]:
+    """What an endpoint answered. Raises one of many errors for what is no answer to these prompts.
+
+    Where it does not tell what it counts, the most that it may have been counts: a budget is no guess.
+    """
+    n = asking.n
     choices = sorted(body["choices"], key=lambda choice: choice.get("index", 0))
     if len(choices) != len(prompts) * n:
         raise ValueError(f"{len(choices)} answers to {len(prompts)} prompts, n={n}")
     answers = [_answer(choice) for choice in choices]
-    usage = body.get("usage") or {}
-    read, written = int(usage.get("prompt_tokens") or 0), int(usage.get("completion_tokens") or 0)
+    most = [most_tokens(prompt, asking) for prompt in prompts]
+    usage = {"prompt_tokens": sum(m[0] for m in most), "completion_tokens": sum(m[1] for m in most)}
+    usage |= {name: tokens for name, tokens in (body.get("usage") or {}).items() if tokens is not None}
+    read, written = int(usage["prompt_tokens"]), int(usage["completion_tokens"])
     parts = len(prompts)
     return [
         Kept(prompt, answers[i * n : (i + 1) * n], None, _part(read, i, parts), _part(written, i, parts))

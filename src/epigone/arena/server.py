@@ -53,7 +53,7 @@ from epigone.arena.protocol import (
     scores_of,
 )
 from epigone.data.tokenizers import Tokenizer
-from epigone.errors import UserError
+from epigone.errors import Fault, UserError
 from epigone.sampling.loop import Knobs
 
 CLIENT_GONE = 499
@@ -142,7 +142,7 @@ class _Server:
         if key.state == State.REFUSED:
             raise Refused(403, "this key is refused: ask whoever runs this endpoint", code="key_refused")
         rate = limits.RateLimitItemPerMinute(key.a_minute)
-        if not self.rates.hit(rate, key.name):
+        if key is not self.box.anyone and not self.rates.hit(rate, key.name):
             wait = max(1, math.ceil(self.rates.get_window_stats(rate, key.name).reset_time - time.time()))
             why = f"{key.a_minute} questions a minute are allowed: ask again in {wait} s"
             raise Refused(429, why, code="rate_limit_exceeded", wait=wait)
@@ -366,6 +366,10 @@ def application(box: Box) -> ASGIApp:
     async def impossible(request: Request, error: UserError) -> Response:
         return Refused(400, str(error)).response()
 
+    @app.exception_handler(Fault)
+    async def broken(request: Request, error: Fault) -> Response:
+        return Refused(503, "this endpoint cannot write its log: ask again later", code="busy", wait=60).response()
+
     @app.exception_handler(RequestValidationError)
     async def malformed(request: Request, error: RequestValidationError) -> Response:
         first = error.errors()[0]
@@ -431,17 +435,18 @@ def application(box: Box) -> ASGIApp:
             except Refused as error:  # the status has been sent
                 status = error.status
                 yield _event(bytes(error.response().body).decode())
-            finally:
-                settle()
+            except Exception:
+                status = 500
+                raise
 
         if streams:
-            return StreamingResponse(events(), media_type="text/event-stream", headers={"Cache-Control": "no-store"})
+            return _Stream(events(), box.bounds.seconds + box.bounds.patience, settle)
         try:
             body = await _unless_gone(request, whole(writings, tally))
             status = 200
             return Response(body.model_dump_json(), media_type="application/json")
-        except Refused as error:
-            status = error.status
+        except Exception as error:
+            status = error.status if isinstance(error, Refused) else 500
             raise
         finally:
             settle()
@@ -552,6 +557,23 @@ def application(box: Box) -> ASGIApp:
         if "model" in part.get("properties", {}) and "stream" in part["properties"]:
             part["properties"]["model"] |= {"enum": [box.name]}
     return _Guarded(app, box.bounds, server)
+
+
+class _Stream(StreamingResponse):
+    """Events, and what is done when they are sent, or the client left, or has not read them in so many seconds."""
+
+    def __init__(self, events: AsyncGenerator[str], seconds: float, settle: Callable[[], None]) -> None:
+        super().__init__(events, media_type="text/event-stream", headers={"Cache-Control": "no-store"})
+        self._events, self._seconds, self._settle = events, seconds, settle
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            async with asyncio.timeout(self._seconds), contextlib.aclosing(self._events):
+                await super().__call__(scope, receive, send)
+        except TimeoutError:
+            pass  # the connection is closed, as an answer that was not sent whole
+        finally:
+            self._settle()
 
 
 def _unset(delta: Delta) -> set[str]:

@@ -151,15 +151,35 @@ def _patient_protocol() -> type[asyncio.Protocol]:
     class Patient(H11Protocol):
         def connection_made(self, transport: Any) -> None:
             super().connection_made(transport)
-            self._late = self.loop.call_later(HEADER_SECONDS, self._is_late)
+            self._late: asyncio.TimerHandle | None = None
+            self._watch()
+
+        def data_received(self, data: bytes) -> None:
+            super().data_received(data)
+            self._watch()
+
+        def _watch(self) -> None:
+            """From a new connection, or the first byte of a head, until the head is whole; no byte buys more time."""
+            if self._has_question() or self.transport.is_closing():
+                self._forget()
+            elif self._late is None:
+                self._late = self.loop.call_later(HEADER_SECONDS, self._is_late)
+
+        def _has_question(self) -> bool:
+            return self.cycle is not None and not self.cycle.response_complete
 
         def _is_late(self) -> None:
-            if self.cycle is None and not self.transport.is_closing():
+            if not self._has_question() and not self.transport.is_closing():
                 self.transport.write(b"HTTP/1.1 408 Request Timeout\r\nContent-Length: 0\r\nConnection: close\r\n\r\n")
                 self.transport.close()
 
+        def _forget(self) -> None:
+            if self._late is not None:
+                self._late.cancel()
+            self._late = None
+
         def connection_lost(self, exc: Exception | None) -> None:
-            self._late.cancel()
+            self._forget()
             super().connection_lost(exc)
 
     return Patient
