@@ -36,7 +36,7 @@ MAY_IMPORT = {
     "opened": {"errors", "identity", "lineage", "storage", "store", "materials", "data", "models", "training"},
     "families": {"errors", "lineage"},
     "sampling": {"errors", "models"},
-    "arena": {"errors", "data", "evaluate", "models", "sampling"},
+    "arena": {"errors", "data", "evaluate", "models", "opened", "sampling", "storage"},
     "storage": {"errors"},
     "store": {"errors", "identity", "lineage", "storage"},
     "view": {"lineage"},
