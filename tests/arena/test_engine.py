@@ -103,6 +103,18 @@ def test_scores_are_shown_as_the_policy_says():
         assert Showing(policy, 2).best == hearing.told[0][0].seen.ids.shape[1]
 
 
+def test_texts_are_the_same_whether_scores_are_told_or_not():
+    with engine(Policy(scores=(Best(2),))) as running:
+        found = []
+        for scores in (True, False):
+            hearing = Hearing()
+            running.ask([ask(sample=n)._replace(scores=scores) for n in range(6)], hearing, 300)
+            hearing.wait(6)
+            found.append([hearing.tokens(n).tolist() for n in range(6)])
+            assert (hearing.told[0][0].seen is not None) == scores
+    assert found[0] == found[1]
+
+
 def test_scores_of_texts_that_are_there_are_told_beside_texts_that_grow():
     hearing, reading = Hearing(), Hearing()
     policy = Policy(scores=(Best(2),))
@@ -200,9 +212,11 @@ def test_a_warm_engine_compiles_nothing_for_any_length_and_knobs(monkeypatch):
         with compilations() as compiled:
             knobs = [{}, {"temperature": 0.0}, {"top_k": 3}, {"top_p": 0.5, "temperature": 0.7}]
             asks = [ask(np.full(n % 15, 9, np.int32), 1 + n % 2, **knobs[n % 4]) for n in range(30)]
-            running.ask(asks, hearing, 300)
+            running.ask([one._replace(scores=False) for one in asks[:10]], hearing, 300)
+            hearing.wait(10)
+            running.ask(asks[10:], hearing, 300)
             running.read([np.full(n, 9, np.int32) for n in range(4)], hearing, 300)
-            hearing.wait(34)
+            hearing.wait(24)
     assert not compiled
 
 

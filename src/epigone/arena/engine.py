@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Callable, Iterable
 from enum import StrEnum
 from functools import partial
-from itertools import count, takewhile
+from itertools import count, product, takewhile
 from types import TracebackType
 from typing import Any, NamedTuple, Self
 
@@ -48,6 +48,7 @@ class Ask(NamedTuple):
         seed: of what is drawn, 0 to 2^32 - 1.
         sample: number of the text, of several with this prompt and seed.
         knobs: how tokens are chosen.
+        scores: whether scores are told.
     """
 
     prompt: Document
@@ -55,6 +56,7 @@ class Ask(NamedTuple):
     seed: int
     sample: int
     knobs: Knobs
+    scores: bool = True
 
 
 class Told(NamedTuple):
@@ -152,12 +154,14 @@ class Engine:
         """Compile now what the first to ask would wait for. Raises Full where the engine broke meanwhile."""
         most = self._config.max_length - 1
         lengths = [0, *takewhile(lambda n: n < most, (SHORTEST_PROMPT << n for n in count())), most]
-        knobs = [Knobs()] * len(lengths) + [Knobs(top_k=1)]
-        for length, one in zip([*lengths, 0], knobs, strict=True):
+        for length in lengths:
             prompt = np.full(length, self._config.specials.bos, np.int32)
-            self._wait_for(lambda tell: self.ask([Ask(prompt, 1, 0, 0, one)], tell, math.inf))  # noqa: B023
-            if self._show.best and not one.top_k:
+            self._wait_for(lambda tell: self.ask([Ask(prompt, 1, 0, 0, Knobs(), False)], tell, math.inf))  # noqa: B023
+            if self._show.policy.shows:
                 self._wait_for(lambda tell: self.read([prompt], tell, math.inf))  # noqa: B023
+        for knobs, scores in product((Knobs(), Knobs(top_k=1)), (False, True) if self._show.policy.shows else (False,)):
+            one = Ask(np.zeros(0, np.int32), 1, 0, 0, knobs, scores)
+            self._wait_for(lambda tell: self.ask([one], tell, math.inf))  # noqa: B023
 
     def _wait_for(self, enlist: Callable[[Callable[[int, Told], None]], list[Ticket]]) -> None:
         ended = threading.Event()
@@ -218,10 +222,11 @@ class Engine:
             limits = any(
                 knobs.top_k > 0 or knobs.top_p < 1 for knobs in (ticket.what.knobs for ticket in self._growing)
             )
-            # Two programs for whoever asks together, not one for each mixture of wishes.
+            # Few programs for whoever asks together, not one for each mixture of wishes.
             switch = Switches(greedy=False, top_k=limits, top_p=limits, mixed=True)
-            free = self._slots.free + 1 if more else self._slots.count
-            for growth in self._slots.grow(switch, Until(STEPS, free)):
+            shows = any(ticket.what.scores for ticket in self._growing)
+            free = max(self._slots.free + 1, self._slots.few) if more else self._slots.count
+            for growth in self._slots.grow(switch, Until(STEPS, free), shows):
                 self._tell(growth.owner, growth.tokens, growth.seen, growth.is_complete)
         return True
 

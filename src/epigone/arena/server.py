@@ -166,7 +166,13 @@ class _Server:
             )
 
     def take(
-        self, key: Key, path: str, asked: CompletionRequest | ChatRequest, prompts: list[np.ndarray], length: int | None
+        self,
+        key: Key,
+        path: str,
+        asked: CompletionRequest | ChatRequest,
+        prompts: list[np.ndarray],
+        length: int | None,
+        scores: bool,
     ) -> _Question:
         """Note a question in the log. Raises Refused where it is too long, too large or over the key's quota."""
         room = self.box.most - 1
@@ -181,7 +187,7 @@ class _Server:
             (asked.temperature, asked.top_k, asked.top_p), Knobs(), strict=True)))  # fmt: skip
         seed = secrets.randbits(32) if asked.seed is None else asked.seed
         asks = [
-            Ask(prompt, room - len(prompt) if length is None else length, seed, sample, knobs)
+            Ask(prompt, room - len(prompt) if length is None else length, seed, sample, knobs, scores)
             for prompt in prompts
             for sample in range(n)
         ]
@@ -461,9 +467,8 @@ def application(box: Box) -> ASGIApp:
         server.check_model(asked.model)
         best = server.best(key, asked.logprobs, "logprobs")
         prompts, texts, offsets = server.encoded(asked.prompts)
-        question = server.take(
-            key, request.url.path, asked, prompts, 16 if asked.max_tokens is None else asked.max_tokens
-        )
+        length = 16 if asked.max_tokens is None else asked.max_tokens
+        question = server.take(key, request.url.path, asked, prompts, length, best is not None)
         name, n = Naming(box.tokenizer, bool(asked.return_tokens_as_token_ids)), asked.n or 1
         about: dict[str, Any] = {"id": f"cmpl-{secrets.token_hex(12)}", "created": int(time.time()), "model": box.name}
 
@@ -512,7 +517,7 @@ def application(box: Box) -> ASGIApp:
         """An answer to messages."""
         server.check_model(asked.model)
         best = server.best(key, asked.best, "top_logprobs")
-        question = server.take(key, request.url.path, asked, [server.chat(asked)], asked.length)
+        question = server.take(key, request.url.path, asked, [server.chat(asked)], asked.length, best is not None)
         name = Naming(box.tokenizer, bool(asked.return_tokens_as_token_ids))
         about: dict[str, Any] = {
             "id": f"chatcmpl-{secrets.token_hex(12)}",

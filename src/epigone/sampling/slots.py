@@ -139,10 +139,13 @@ class Slots:
             laid = _laid(self._config, [texts[r] for r in order], [free[r] for r in order])
             self._state = refill(self._config, self._sharding, self._prepared, self._state, laid)
 
-    def grow(self, switch: Switches, until: Until) -> list[Growth]:
-        """Go on with all texts, for at most `chunk` steps, and tell what they gained; complete ones leave."""
+    def grow(self, switch: Switches, until: Until, shows: bool = True) -> list[Growth]:
+        """Go on with all texts, for at most `chunk` steps, and tell what they gained; complete ones leave.
+
+        Scores are seen unless `shows` is False: on a CPU, to find the best takes as long as to compute all.
+        """
         given = (self._config, self._sharding, self._chunk, switch, self._prepared, self._state)
-        self._state, record = decode(*given, until, self._marks, self._show)
+        self._state, record = decode(*given, until, self._marks, self._show if shows else None)
         record = jax.device_get(record)
         count_B, live_B = (record.samples_CB != IDLE).sum(axis=0), np.asarray(self._state.live_B)
         found = []
