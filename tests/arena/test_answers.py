@@ -41,6 +41,17 @@ def written(writing, parts, why=Why.LENGTH):
     return pieces
 
 
+def first_complete(tokenizer, tokens, stops):
+    """The string that is there first while the text grows by tokens; of several at once the one that ends first."""
+    decoder, text = tokenizer.stream_decoder(), ""
+    for token in [*tokens, None]:
+        text += decoder.end() if token is None else decoder.add([token])
+        there = [stop for stop in stops if stop in text]
+        if there:
+            return [min(there, key=lambda stop: (text.find(stop) + len(stop), text.find(stop)))]
+    return []
+
+
 @pytest.mark.parametrize("tokenizer", [BYTES, PIECES, WORDS])
 @settings(max_examples=60, deadline=None)
 @given(
@@ -52,7 +63,7 @@ def written(writing, parts, why=Why.LENGTH):
 def test_pieces_are_the_whole_text_up_to_where_it_stops(tokenizer, text, cuts, stops, scored):
     tokens = tokenizer.encode(text).tolist()
     whole = tokenizer.decode(tokens)
-    ends = [whole.find(stop) for stop in stops if stop in whole]
+    ends = [whole.find(stop) for stop in first_complete(tokenizer, tokens, stops)]
     pieces = written(Writing(tokenizer, stops, 1 if scored else None), cut_up(tokens, cuts))
     assert "".join(piece.text for piece in pieces) == whole[: min(ends, default=None)]
     assert pieces[-1].why == (Why.STOP if ends else Why.LENGTH)
@@ -74,6 +85,15 @@ def test_nothing_is_sent_that_may_be_part_of_where_it_stops():
     writing = Writing(BYTES, ["end"], None)
     parts = [BYTES.encode(part) for part in ("so e", "n", " the en", "d of it")]
     assert [piece.text for piece in written(writing, parts)] == ["so ", "", "en the ", ""]
+
+
+def test_where_a_text_stops_and_what_it_cost_do_not_depend_on_how_it_is_told():
+    tokens = BYTES.encode("bbabbbcc").tolist()
+    for size in (1, 2, 3, 8):
+        writing = Writing(BYTES, ["a", "babb"], None)
+        parts = [tokens[first : first + size] for first in range(0, 8, size)]
+        assert "".join(piece.text for piece in written(writing, parts)) == "bb"
+        assert writing.written == 3
 
 
 def test_an_end_token_ends_a_text_and_is_no_part_of_it():

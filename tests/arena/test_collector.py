@@ -17,7 +17,7 @@ from epigone.arena.endpoint import Asking, Endpoint
 from epigone.arena.journal import Journal, Kept, Totals
 from epigone.data.corpora import Collected
 from epigone.data.datasets import read_text
-from epigone.errors import Fault, UserError
+from epigone.errors import Busy, Fault, UserError
 
 
 def given(count):
@@ -190,12 +190,87 @@ def test_where_all_is_refused_the_question_is_wrong_and_nothing_is_noted(tmp_pat
 
 def test_an_endpoint_that_counts_nothing_is_counted_at_its_most(tmp_path):
     def script(number, body):
-        return httpx.Response(200, json={"choices": [{"text": "x"}] * 2})
+        return httpx.Response(200, json={"choices": [{"text": "x", "index": n} for n in range(2)]})
 
     wanted = collection(50, Budget(tokens=500), Asking(n=2, max_tokens=12))
     done = run(tmp_path, wanted, Stub(script=script))
     assert 400 < done.tokens <= 500
-    assert done.tokens == sum(len(prompt) + 16 + 24 for prompt in kept(tmp_path, wanted))
+    assert done.tokens == sum(len(prompt) + 2 + 24 for prompt in kept(tmp_path, wanted))
+
+
+def test_answers_go_to_their_prompts_or_to_none(tmp_path):
+    def script(number, body):  # numbers each prompt's answers from 0
+        choices = [{"text": prompt, "index": n} for prompt in body["prompt"] for n in range(2)]
+        return httpx.Response(200, json={"choices": choices})
+
+    wanted = collection(8, together=2, asking=Asking(n=2), tries=2)
+    with pytest.raises(Fault, match="not numbered from 0"):
+        run(tmp_path, wanted, Stub(script=script))
+    assert not kept(tmp_path, wanted)
+
+
+def test_an_answer_without_text_is_an_answer(tmp_path):
+    def script(number, body):
+        message = {"role": "assistant", "content": None}
+        return httpx.Response(200, json={"choices": [{"message": message, "finish_reason": "content_filter"}]})
+
+    wanted = collection(3, chat=True)
+    assert run(tmp_path, wanted, Stub(script=script)).asked == 3
+    assert {one.answers[0]["text"] for one in kept(tmp_path, wanted).values()} == {""}
+
+
+def test_what_is_answered_alone_after_a_group_was_refused_is_kept_at_once(tmp_path):
+    def script(number, body):
+        prompts = body["prompt"] if isinstance(body["prompt"], list) else [body["prompt"]]
+        return refusal(400) if "prompt 1" in prompts else refusal(500) if prompts == ["prompt 4"] else None
+
+    wanted = collection(5, together=5, at_once=1, tries=2)
+    with pytest.raises(Fault, match="HTTP 500"):
+        run(tmp_path, wanted, Stub(script=script))
+    assert set(kept(tmp_path, wanted)) == {f"prompt {n}" for n in range(4)}
+
+
+def test_what_is_paid_and_never_read_counts_against_the_budget(tmp_path):
+    asking = Asking(max_tokens=40)
+    stub = Stub(script=lambda number, _: httpx.ReadTimeout("gone") if number % 2 else None)
+    done = run(tmp_path, collection(100, Budget(tokens=1000), asking, at_once=1), stub)
+    assert len(stub.asked) * 50 > 800
+    assert done.tokens < 500
+
+
+def test_one_program_at_a_time_has_a_journal(tmp_path):
+    wanted = collection(3)
+    run(tmp_path, wanted, Stub())
+    with Journal(Share().journal(tmp_path), wanted.settings, alone=True):
+        with pytest.raises(Busy, match="another program"):
+            Journal(Share().journal(tmp_path), wanted.settings, alone=True)
+        with pytest.raises(Busy):
+            publish(wanted, tmp_path)
+    publish(wanted, tmp_path)
+
+
+def test_a_data_set_stays_as_it_is_until_the_next_is_whole(tmp_path, monkeypatch):
+    wanted = collection(3)
+    run(tmp_path, wanted, Stub())
+    publish(wanted, tmp_path)
+    before = list(read_text(tmp_path / "answers"))
+    more = collection(5)
+    run(tmp_path, more, Stub())
+    with monkeypatch.context() as broken:
+        full = "epigone.arena.collector.write_text", lambda *_: (_ for _ in ()).throw(Fault("the disk is full"))
+        broken.setattr(*full)
+        with pytest.raises(Fault):
+            publish(more, tmp_path)
+    assert list(read_text(tmp_path / "answers")) == before
+    publish(more, tmp_path)
+    assert len(read_text(tmp_path / "answers")) == 5
+    assert not list(tmp_path.glob(".answers*"))
+
+
+def test_a_prompt_that_comes_again_is_asked_once(tmp_path):
+    wanted, stub = dataclasses.replace(collection(), prompts=lambda _: iter(["a", "b", "a", "\ud83d", "a"])), Stub()
+    assert run(tmp_path, wanted, stub).now == 3
+    assert sorted(prompt for group in stub.asked for prompt in group) == ["?", "a", "b"]
 
 
 @pytest.mark.parametrize("seconds", [0.0, 0.005])
@@ -290,7 +365,7 @@ def test_what_a_collection_may_cost_at_most_is_known_before(tmp_path):
     wanted = collection(10, asking=Asking(n=3, max_tokens=20), read_price=1e6, write_price=1e6)
     found = estimate(wanted, wanted.prompts(None))
     assert (found.prompts, found.is_all) == (10, True)
-    assert found.tokens == found.money == sum(len(prompt) + 16 + 60 for prompt in wanted.prompts(None))
+    assert found.tokens == found.money == sum(len(prompt) + 2 + 60 for prompt in wanted.prompts(None))
     assert estimate(wanted, wanted.prompts(None), look_at=4)[0::3] == (4, False)
     assert run(tmp_path, wanted, Stub()).tokens <= found.tokens
 
@@ -305,6 +380,7 @@ def test_the_key_is_sent_and_kept_nowhere(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("wrong", [
+    lambda: Endpoint("http://me:secret@host/v1", "m"), lambda: Endpoint("http://host/v1?key=1", "m"),
     lambda: Endpoint("localhost:8000", "m"), lambda: Endpoint("http://x", "m", at_once=0),
     lambda: Endpoint("http://x", "m", chat=True, together=2), lambda: Asking(n=0), lambda: Asking(temperature=-1),
     lambda: Budget(tokens=0), lambda: Budget(money=0.0), lambda: Collection("../x", None, None),

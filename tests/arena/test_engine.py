@@ -184,6 +184,16 @@ def test_what_breaks_is_told_to_all_who_wait_and_nobody_may_ask_then():
             running.ask([ask()], hearing, 300)
 
 
+def test_what_breaks_while_texts_are_read_is_told_to_who_wait_for_them():
+    hearing = Hearing()
+    running = engine(slots=2)
+    running._shown = lambda _: (_ for _ in ()).throw(MemoryError("no room on the device"))
+    with running:
+        running.read(PROMPTS, hearing, 300)
+        hearing.wait(3)
+    assert {hearing.why(n) for n in range(3)} == {Why.ERROR}
+
+
 def test_who_waits_is_told_when_the_engine_is_closed():
     hearing = Hearing()
     with engine(slots=1) as running:

@@ -374,18 +374,18 @@ def test_a_line_that_is_full_tells_when_to_come_back(post):
     fill = QUESTION | {"n": 8, "max_tokens": 50}
     found = []
 
-    def ask():
-        found.append(post("/v1/completions", fill))
+    def ask(number):
+        found.append(post("/v1/completions", fill | {"stream": number % 2 == 1}))
 
-    many = [threading.Thread(target=ask) for _ in range(16)]
+    many = [threading.Thread(target=ask, args=(number,)) for number in range(16)]
     for one in many:
         one.start()
     for one in many:
         one.join()
     statuses = [answer.status_code for answer in found]
     assert set(statuses) == {200, 429}
-    refused = next(answer for answer in found if answer.status_code == 429)
-    assert (refused.headers["Retry-After"], refused.json()["error"]["code"]) == ("1", "busy")
+    for refused in (answer for answer in found if answer.status_code == 429):  # streams, too
+        assert (refused.headers["Retry-After"], refused.json()["error"]["code"]) == ("1", "busy")
 
 
 def ended(accounts, since, count):
@@ -485,12 +485,38 @@ def test_a_question_whose_time_is_over_says_so(box, secret):
         answer = httpx.post(f"{url}/v1/completions", json=QUESTION, headers={"Authorization": f"Bearer {secret}"})
         assert answer.status_code == 503
         assert answer.headers["Retry-After"]
-        asked = QUESTION | {"stream": True}
-        with httpx.stream(
-            "POST", f"{url}/v1/completions", json=asked, headers={"Authorization": f"Bearer {secret}"}
-        ) as s:
-            events = [line for line in s.iter_lines() if line]
-        assert "no time" in json.loads(events[-1].removeprefix("data: "))["error"]["message"]
+        asked = CHAT | {"stream": True}
+        answer = httpx.post(f"{url}/v1/chat/completions", json=asked, headers={"Authorization": f"Bearer {secret}"})
+        assert answer.status_code == 503
+        assert "no time" in answer.json()["error"]["message"]
+
+
+def test_a_text_that_has_stopped_makes_room_while_others_of_its_question_grow(client, box, monkeypatch):
+    whole = client.completions.create(model="toy", prompt="so", seed=9, max_tokens=40, n=2)
+    stop = whole.choices[0].text[3:5]
+    assert stop not in whole.choices[1].text[:20]
+    dropped, give_up = [], box.engine.give_up
+    monkeypatch.setattr(box.engine, "give_up", lambda tickets: dropped.append(len(list(tickets))) or give_up(tickets))
+    asked = {"model": "toy", "prompt": "so", "seed": 9, "max_tokens": 40, "n": 2, "stop": stop}
+    assert client.completions.create(**asked).choices[0].text == whole.choices[0].text[:3]
+    assert dropped[0] == 1
+
+
+def test_a_prompt_that_is_read_is_paid_even_where_nobody_waits_for_the_rest(url, secret, accounts):
+    began = last(accounts)
+    asked = QUESTION | {"prompt": "x" * 40, "echo": True, "logprobs": 1, "max_tokens": 20, "stream": True}
+    before = accounts.used("alice").tokens
+    with httpx.stream("POST", f"{url}/v1/completions", json=asked, headers={"Authorization": f"Bearer {secret}"}) as s:
+        next(s.iter_lines())
+    ended(accounts, began, 1)
+    assert accounts.used("alice").tokens - before >= 40
+
+
+def test_ids_that_are_far_too_many_cost_no_time(post):
+    began = time.monotonic()
+    for prompt in ([100] * 40_000, [[100] * 300] * 100, [0.5] * 20_000):
+        assert post("/v1/completions", QUESTION | {"prompt": prompt}).status_code in (400, 413)
+    assert time.monotonic() - began < 5
 
 
 def test_a_crowd_is_answered_each_once_and_as_if_it_were_alone(url, secret, accounts):

@@ -85,7 +85,7 @@ class Bounds:
         texts: prompts times n.
     """
 
-    body: int = 2**20
+    body: int = 2**18
     seconds: float = 120.0
     patience: float = 10.0
     texts: int = 16

@@ -59,28 +59,33 @@ class Writing:
     def add(self, told: Told) -> Piece:
         """What can be sent now. After a piece that says why, nothing must be added."""
         tokens = told.tokens[:-1] if len(told.tokens) and int(told.tokens[-1]) in self._ends else told.tokens
-        self.written += len(tokens)
-        before = len(self._text)
-        if self._best is None:
+        end = None
+        if self._best is None and not self._stops:
             self._text += self._decoder.add(tokens)
-        else:
+            self.written += len(tokens)
+        else:  # token by token: where it stops does not depend on how many are told of at once
             for number, token in enumerate(tokens):
-                self._places.append(_place(int(token), len(self._text), told.seen, number, self._best))
-                self._text += self._decoder.add([token])
-        if told.why is not None:
-            self._text += self._decoder.end()
-        end = self._stops_at(max(0, before - self._held))
-        if end is not None:
-            self._text = self._text[:end]
+                if self._best is not None:
+                    self._places.append(_place(int(token), len(self._text), told.seen, number, self._best))
+                self.written += 1
+                if (end := self._grown(self._decoder.add([token]))) is not None:
+                    break
+        if told.why is not None and end is None:
+            end = self._grown(self._decoder.end())
         why = told.why if end is None else Why.STOP
         certain = len(self._text) - (self._undecided() if why is None else 0)
         text, self._sent = self._text[self._sent : certain], max(self._sent, certain)
         return Piece(text, self._take(None if end is None and why else self._sent), why)
 
-    def _stops_at(self, first: int) -> int | None:
-        """Where the text is cut, if it is."""
-        found = [self._text.find(stop, first) for stop in self._stops]
-        return min((place for place in found if place >= 0), default=None)
+    def _grown(self, more: str) -> int | None:
+        """Where the text is cut, if it is, when it has grown: before the string that is complete first."""
+        first = max(0, len(self._text) - self._held)
+        self._text += more
+        found = [(at + len(stop), at) for stop in self._stops if (at := self._text.find(stop, first)) >= 0]
+        if not found:
+            return None
+        self._text = self._text[: min(found)[1]]
+        return len(self._text)
 
     def _undecided(self) -> int:
         """Characters at the end that may be the beginning of a string at which the text stops."""

@@ -138,7 +138,7 @@ def estimate(collection: Collection, prompts: Iterable[str], look_at: int = 100_
 
 def _most(collection: Collection, prompt: str) -> tuple[int, float]:
     """Tokens and money that a prompt may cost."""
-    read, written = most_tokens(prompt, collection.asking)
+    read, written = most_tokens(collection.endpoint, collection.asking, prompt)
     return read + written, _price(collection.endpoint, read, written)
 
 
@@ -178,9 +178,10 @@ async def collect(
 
 def _groups(collection: Collection, journal: Journal, prompts: Iterable[str], share: Share) -> Iterator[list[str]]:
     """Prompts that are still to be asked, as many as go into one question."""
-    stream, left = (prompt for prompt in prompts if share.has(prompt)), list[str]()
+    texts = (prompt.encode(errors="replace").decode() for prompt in prompts)  # halves of characters are no text
+    stream, left = (prompt for prompt in texts if share.has(prompt)), list[str]()
     while part := list(islice(stream, AT_ONCE)):
-        left += journal.missing(part)
+        left += journal.missing(list(dict.fromkeys(part)))
         while len(left) >= collection.endpoint.together:
             yield left[: collection.endpoint.together]
             del left[: collection.endpoint.together]
@@ -236,14 +237,16 @@ class _Work:
         """As many of the prompts as there is room for, and what there is too little of where that is none."""
         budget, progress = self.collection.budget, self.progress
         most = [_most(self.collection, prompt) for prompt in group]
-        tokens = progress.tokens + progress.held[0] + sum(one for one, _ in most)
+        tokens = progress.tokens + sum(self.client.lost) + progress.held[0] + sum(one for one, _ in most)
         money = progress.money + progress.held[1] + sum(one for _, one in most)
+        money += _price(self.collection.endpoint, *self.client.lost)
         for spent, limit, what in ((tokens, budget.tokens, "tokens"), (money, budget.money, "money")):
             if limit is not None and spent > limit:
                 return [], f"{limit:,} {what}"
         if budget.questions is None:
             return group, ""
-        return group[: max(0, budget.questions - progress.asked - self._under_way)], f"{budget.questions:,} questions"
+        asked = progress.asked + len(self.refusals) + self._under_way
+        return group[: max(0, budget.questions - asked)], f"{budget.questions:,} questions"
 
     async def _ask(self, group: list[str]) -> list[Kept]:
         """Answers, or why there are none; where one of several prompts is refused, each is asked alone."""
@@ -252,12 +255,14 @@ class _Work:
         except Unanswerable as error:
             if len(group) == 1:
                 return [Kept(group[0], [], str(error), 0, 0)]
-        return [kept for prompt in group for kept in await self._ask([prompt])]
+        for prompt in group:
+            await self._keep(await self._ask([prompt]))
+        return []
 
     async def _keep(self, kept: list[Kept]) -> None:
         """Keep and count answers; of refusals the first wait for an answer, since it may be that all is refused."""
         self._answered |= any(one.refused is None for one in kept)
-        if not self._answered:
+        if not self._answered and kept:
             self.refusals += kept
             if len(self.refusals) >= REFUSALS:
                 why = kept[-1].refused
@@ -288,7 +293,7 @@ def publish(collection: Collection, folder: Path) -> dict[str, Any]:
 
     A document is a prompt with its answer behind it, or, of a chat, the answer. What stands on the card of a data set
     that is there already, of the same answers, is left as it is.
-    Raises UserError where there is no answer.
+    Raises UserError where there is no answer, Busy while a share is still being collected.
     """
     paths = sorted(folder.glob("journal-*-of-*.sqlite"))
     totals, hashed = dict.fromkeys(("questions", "refused", "answers", "read", "written"), 0), hashlib.sha256()
@@ -312,20 +317,25 @@ def publish(collection: Collection, folder: Path) -> dict[str, Any]:
         "collected": totals,
         "answers_sha256": hashed.hexdigest(),
     }
-    if (target / CARD).exists():
-        if read_text(target).card.get("answers_sha256") == card["answers_sha256"]:
-            return card
-        shutil.rmtree(target)
+    if (target / CARD).exists() and read_text(target).card.get("answers_sha256") == card["answers_sha256"]:
+        return card
+    new, old = folder / ".answers.new", folder / ".answers.old"
+    for leftover in (new, old):
+        shutil.rmtree(leftover, ignore_errors=True)
     write_text(
-        target, _documents(collection, paths), card | {"published": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
+        new, _documents(collection, paths), card | {"published": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
     )
+    if target.exists():
+        target.rename(old)
+    new.rename(target)
+    shutil.rmtree(old, ignore_errors=True)
     return card
 
 
 def _merged(collection: Collection, paths: list[Path]) -> Iterator[Kept]:
     """What several journals hold, each question once, in the order of the hashes."""
     with ExitStack() as stack:
-        journals = [stack.enter_context(Journal(path, collection.settings)) for path in paths]
+        journals = [stack.enter_context(Journal(path, collection.settings, alone=True)) for path in paths]
         last = b""
         for kept in heapq.merge(*journals, key=lambda kept: key_of(kept.prompt)):
             if (key := key_of(kept.prompt)) != last:

@@ -8,10 +8,11 @@ import asyncio
 import os
 import random
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
 from typing import Any
+from urllib.parse import urlsplit
 
 import httpx
 
@@ -37,6 +38,7 @@ class Endpoint:
         at_once: questions under way; fewer for a while where the endpoint has too many.
         seconds: for an answer.
         tries: of a question, before the collection stops.
+        template: tokens that a chat's template, with a prompt of the system's own, may have at most.
         patience: seconds that the endpoint may tell us to wait; where it is longer, the collection stops.
         read_price: of a million tokens that it reads, in any currency.
         write_price: of a million tokens that it writes.
@@ -50,14 +52,19 @@ class Endpoint:
     at_once: int = 16
     seconds: float = 120.0
     tries: int = 8
+    template: int = 256
     patience: float = 600.0
     read_price: float = 0.0
     write_price: float = 0.0
 
     def __post_init__(self) -> None:
-        check_sizes(self, together=1, at_once=1, seconds=1, tries=1, patience=0, read_price=0, write_price=0)
+        check_sizes(
+            self, together=1, at_once=1, seconds=1, tries=1, template=0, patience=0, read_price=0, write_price=0
+        )
         if not self.url.startswith(("http://", "https://")):
             raise UserError(f"endpoint '{self.url}': give its base URL, such as http://127.0.0.1:8000/v1")
+        if (parts := urlsplit(self.url)).username or parts.password or parts.query:
+            raise UserError("endpoint: no password and no query in the URL, which is published: use 'key'")
         if self.chat and self.together > 1:
             raise UserError(f"together={self.together}: a chat is asked alone; only completions take several prompts")
 
@@ -100,6 +107,7 @@ class Client:
     def __init__(self, endpoint: Endpoint, asking: Asking, transport: httpx.AsyncBaseTransport | None = None) -> None:
         self.endpoint, self.asking = endpoint, asking
         self.allowed, self.waits = endpoint.at_once, 0
+        self.lost = (0, 0)
         self._under_way, self._since, self._not_before = 0, 0, 0.0
         self._free = asyncio.Condition()
         secret = os.environ.get(endpoint.key)
@@ -144,14 +152,17 @@ class Client:
         backoff = min(LONGEST_WAIT, FIRST_WAIT * 2**attempt) * random.uniform(0.5, 1.0)
         try:
             answer = await self._http.post(self.endpoint.url.rstrip("/") + path, json=self._body(prompts))
-        except httpx.TransportError as error:
+        except httpx.RequestError as error:
+            if not isinstance(error, httpx.ConnectError):
+                self._lose(prompts)
             return (backoff, f"{type(error).__name__} {error}".strip()), None
         except httpx.InvalidURL as error:
             raise UserError(f"endpoint '{self.endpoint.url}': {error}") from None
         if answer.status_code == 200:
             try:
-                found = _kept(prompts, answer.json(), self.asking)
+                found = _kept(prompts, answer.json(), self.most, self.asking.n)
             except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
+                self._lose(prompts)
                 return (backoff, f"an answer that cannot be read ({type(error).__name__}: {error})"), None
             await self._went_well()
             return (0.0, ""), found
@@ -177,6 +188,15 @@ class Client:
             return body | scores | {"messages": [{"role": "user", "content": prompts[0]}]}
         scores = {} if asking.scores is None else {"logprobs": asking.scores}
         return body | scores | {"prompt": list(prompts) if len(prompts) > 1 else prompts[0]}
+
+    def most(self, prompt: str) -> tuple[int, int]:
+        """Tokens that a prompt may have, with those of a chat's template, and that may be written for it, at most."""
+        return most_tokens(self.endpoint, self.asking, prompt)
+
+    def _lose(self, prompts: Sequence[str]) -> None:
+        """What was asked and never read may have been paid."""
+        read, written = map(sum, zip(*map(self.most, prompts), strict=True))
+        self.lost = (self.lost[0] + read, self.lost[1] + written)
 
     def _hold(self, seconds: float) -> None:
         """It has too many: nobody asks for a while, and then fewer do at once."""
@@ -216,22 +236,25 @@ class _Turn:
             self._client._free.notify()
 
 
-def most_tokens(prompt: str, asking: Asking) -> tuple[int, int]:
+def most_tokens(endpoint: Endpoint, asking: Asking, prompt: str) -> tuple[int, int]:
     """Tokens that a prompt may have, with those of a chat's template, and that may be written for it, at most."""
-    return len(prompt.encode()) + 16, asking.n * asking.max_tokens
+    return len(prompt.encode()) + (endpoint.template if endpoint.chat else 2), asking.n * asking.max_tokens
 
 
-def _kept(prompts: Sequence[str], body: dict[str, Any], asking: Asking) -> list[Kept]:
+def _kept(
+    prompts: Sequence[str], body: dict[str, Any], most_of: Callable[[str], tuple[int, int]], n: int
+) -> list[Kept]:
     """What an endpoint answered. Raises one of many errors for what is no answer to these prompts.
 
     Where it does not tell what it counts, the most that it may have been counts: a budget is no guess.
     """
-    n = asking.n
     choices = sorted(body["choices"], key=lambda choice: choice.get("index", 0))
     if len(choices) != len(prompts) * n:
         raise ValueError(f"{len(choices)} answers to {len(prompts)} prompts, n={n}")
+    if len(choices) > 1 and [choice.get("index") for choice in choices] != list(range(len(choices))):
+        raise ValueError("answers that are not numbered from 0, so that nobody knows to which prompt they are")
     answers = [_answer(choice) for choice in choices]
-    most = [most_tokens(prompt, asking) for prompt in prompts]
+    most = [most_of(prompt) for prompt in prompts]
     usage = {"prompt_tokens": sum(m[0] for m in most), "completion_tokens": sum(m[1] for m in most)}
     usage |= {name: tokens for name, tokens in (body.get("usage") or {}).items() if tokens is not None}
     read, written = int(usage["prompt_tokens"]), int(usage["completion_tokens"])
@@ -248,9 +271,8 @@ def _part(total: int, index: int, parts: int) -> int:
 
 
 def _answer(choice: dict[str, Any]) -> dict[str, Any]:
-    text = choice["message"]["content"] if "message" in choice else choice["text"]
-    if not isinstance(text, str):
-        raise TypeError("an answer without text")
+    text = choice["message"].get("content") or "" if "message" in choice else choice["text"]  # a filter leaves none
+    text = text.encode(errors="replace").decode()  # halves of characters are no text
     found: dict[str, Any] = {"text": text, "why": choice.get("finish_reason")}
     scores = _scores(choice.get("logprobs"))
     return found if scores is None else found | {"scores": scores}
@@ -263,6 +285,8 @@ def _scores(given: Any) -> list[Any] | None:
     """
     if not given:
         return None
+    if "tokens" not in given:
+        given = {"content": given.get("content") or []}
     if given.get("content") is not None:
         return [[*_pair(one), [_pair(top) for top in one.get("top_logprobs") or ()]] for one in given["content"]]
     tops = given.get("top_logprobs") or [None] * len(given["tokens"])

@@ -213,9 +213,12 @@ class Engine:
         if come:
             self._slots.fill([_text(ticket) for ticket in come], self._slots.few)
         if to_read:
-            shown = shown_scores(
-                self._config, self._params, self._show.policy, [t.what for t in to_read], self._show.best
-            )
+            try:
+                shown = self._shown([ticket.what for ticket in to_read])
+            except Exception:
+                with self._changed:
+                    self._unread.extendleft(reversed(to_read))  # they are told with all others
+                raise
             for ticket, seen in zip(to_read, shown, strict=True):
                 ticket.tell(Told(np.zeros(0, np.int32), seen, Why.STOP))
         if self._growing:
@@ -229,6 +232,9 @@ class Engine:
             for growth in self._slots.grow(switch, Until(STEPS, free), shows):
                 self._tell(growth.owner, growth.tokens, growth.seen, growth.is_complete)
         return True
+
+    def _shown(self, documents: list[Document]) -> list[Seen]:
+        return shown_scores(self._config, self._params, self._show.policy, documents, self._show.best)
 
     def _leaving(self) -> list[Ticket]:
         """Forget who gave up and whose time is over, with the lock held; those whose time is over are told later."""

@@ -7,6 +7,7 @@ counted, and asks again only what was under way.
 
 import asyncio
 import contextlib
+import fcntl
 import hashlib
 import json
 import sqlite3
@@ -16,7 +17,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple, Self
 
-from epigone.errors import Fault, UserError
+from epigone.errors import Busy, Fault, UserError
 
 _APPLICATION = 0x45504732
 _TABLES = """
@@ -68,15 +69,24 @@ class Journal:
     Args:
         path: of the file; made if it is not there.
         settings: everything that an answer depends on beside its prompt. A file with others is refused.
+        alone: nobody else may have it alone: who asks, or publishes.
 
-    Raises UserError for a file with other settings, Fault for one of another kind and for a full disk.
+    Raises UserError for a file with other settings, Busy where another program has it, Fault for a file of another kind
+    and for a full disk.
     """
 
-    def __init__(self, path: Path, settings: dict[str, Any]) -> None:
+    def __init__(self, path: Path, settings: dict[str, Any], alone: bool = False) -> None:
         self.path, self._pending = path, list[tuple[list[Kept], asyncio.Future[None]]]()
         self._flushing: asyncio.Task[None] | None = None
         with _told(path):
             path.parent.mkdir(parents=True, exist_ok=True)
+            self._lock = path.with_suffix(".lock").open("w") if alone else None
+            if self._lock is not None:
+                try:
+                    fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    self._lock.close()
+                    raise Busy(f"another program collects into {path}: wait for it, or give another --share") from None
             self._base = sqlite3.connect(path, timeout=10.0, isolation_level=None)
             try:
                 self._open(settings)
@@ -105,6 +115,8 @@ class Journal:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         with _told(self.path):
             self._base.close()
+            if self._lock is not None:
+                self._lock.close()
 
     def missing(self, prompts: Sequence[str]) -> list[str]:
         """Those of the prompts that are not answered for good."""

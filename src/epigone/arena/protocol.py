@@ -6,7 +6,7 @@ nothing, and refused at any other, so that nobody believes to have got it.
 
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from epigone.arena.answers import Place
 from epigone.data.tokenizers import Tokenizer
@@ -27,8 +27,15 @@ def _is_text(text: str) -> str:
     return text
 
 
+def _are_numbers(given: Any) -> Any:
+    """Stops at the first that is none, where a hundred thousand errors would be made."""
+    if isinstance(given, list) and not all(type(one) is int for one in given):
+        raise ValueError("token ids are whole numbers")
+    return given
+
+
 Words = Annotated[str, AfterValidator(_is_text)]
-TokenIds = Annotated[list[Annotated[int, Field(ge=0, lt=2**31)]], Field(min_length=1)]
+TokenIds = Annotated[list[Annotated[int, Field(ge=0, lt=2**31)]], Field(min_length=1), BeforeValidator(_are_numbers)]
 Stop = Annotated[Words, Field(min_length=1, max_length=200)]
 Nothing = Annotated[float, Field(ge=0, le=0)] | None
 

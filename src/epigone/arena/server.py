@@ -14,7 +14,7 @@ import contextlib
 import math
 import secrets
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Collection, Coroutine, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, NamedTuple
 
@@ -109,12 +109,18 @@ def _kind(status: int) -> str:
 
 
 class _Question(NamedTuple):
-    """A question that was taken: its number in the log, who asks, its texts, and when it came."""
+    """A question that was taken: its number in the log, its texts, when it came; `read` is filled when it was read."""
 
     number: int
     prompts: list[np.ndarray]
     asks: list[Ask]
     began: float
+    read: list[bool]
+
+    @property
+    def tokens(self) -> int:
+        """Of its prompts, once something that was made of them has left."""
+        return sum(map(len, self.prompts)) if self.read else 0
 
 
 class _Server:
@@ -165,6 +171,17 @@ class _Server:
                 404, f"there is no model '{name[:100]}': '{self.box.name}' is here", "model", "model_not_found"
             )
 
+    def check_texts(self, prompts: int, n: int) -> None:
+        """Raises Refused for too many."""
+        if prompts * n > self.box.bounds.texts:
+            raise Refused(400, f"{prompts} prompts, n={n}: {self.box.bounds.texts} texts at most", "n")
+
+    def check_length(self, tokens: int, more: int) -> None:
+        """Raises Refused for a prompt that leaves no room for so many more tokens."""
+        if tokens + more > self.box.most - 1:
+            why = f"a prompt of {tokens} tokens, and {more} more: {self.box.most - 1} at most"
+            raise Refused(400, why, None, "context_length_exceeded")
+
     def take(
         self,
         key: Key,
@@ -178,11 +195,8 @@ class _Server:
         room = self.box.most - 1
         longest = max(map(len, prompts))
         n = asked.n or 1
-        if len(prompts) * n > self.box.bounds.texts:
-            raise Refused(400, f"{len(prompts)} prompts, n={n}: {self.box.bounds.texts} texts at most", "n")
-        if longest + (length or 0) > room or (length is None and longest >= room):
-            code = "context_length_exceeded"
-            raise Refused(400, f"a prompt of {longest} tokens, and {length or 1} more: {room} at most", None, code)
+        self.check_texts(len(prompts), n)
+        self.check_length(longest, 1 if length is None else length)
         knobs = Knobs(*(value if value is not None else other for value, other in zip(
             (asked.temperature, asked.top_k, asked.top_p), Knobs(), strict=True)))  # fmt: skip
         seed = secrets.randbits(32) if asked.seed is None else asked.seed
@@ -197,21 +211,23 @@ class _Server:
             number = self.box.accounts.note(key, path, [prompt.tolist() for prompt in prompts], settings, most)
         except OverQuota as error:
             raise Refused(429, str(error), code="insufficient_quota", wait=error.seconds) from None
-        return _Question(number, prompts, asks, time.monotonic())
+        return _Question(number, prompts, asks, time.monotonic(), [])
 
     def settle(self, path: str, question: _Question, status: int, written: int) -> None:
         """Note how it ended."""
         seconds = time.monotonic() - question.began
-        read = sum(map(len, question.prompts)) if status == 200 or written else 0
-        self.box.accounts.settle(question.number, status, read, written, seconds)
-        self.tokens.labels("read").inc(read)
+        self.box.accounts.settle(question.number, status, question.tokens, written, seconds)
+        self.tokens.labels("read").inc(question.tokens)
         self.tokens.labels("written").inc(written)
         self.seconds.labels(path).observe(seconds)
 
     async def told(
-        self, enlist: Callable[[Callable[[int, Told], None]], list[Any]]
+        self, enlist: Callable[[Callable[[int, Told], None]], list[Any]], enough: Collection[int] = ()
     ) -> AsyncGenerator[tuple[int, Told]]:
-        """What the engine tells of texts until all have ended; they are given up where nobody listens any more."""
+        """What the engine tells of texts until all have ended, or are among those of which the listener has enough.
+
+        They are given up where nobody listens any more.
+        """
         loop, heard = asyncio.get_running_loop(), asyncio.Queue[tuple[int, Told]]()
 
         def tell(number: int, told: Told) -> None:
@@ -223,31 +239,33 @@ class _Server:
         except Full as error:
             broken = self.box.engine.error
             raise Refused(503 if broken else 429, f"{error}", code="busy", wait=60 if broken else 1) from None
-        left = len(tickets)
+        left = dict(enumerate(tickets))
         try:
             while left:
                 number, told = await heard.get()
-                left -= told.why is not None
+                if number not in left:
+                    continue
                 yield number, told
+                if told.why is not None:
+                    del left[number]
+                elif number in enough:
+                    self.box.engine.give_up([left.pop(number)])
         finally:
-            self.box.engine.give_up(tickets)
+            self.box.engine.give_up(left.values())
 
     async def pieces(self, question: _Question, writings: list[Writing]) -> AsyncGenerator[tuple[int, Piece]]:
         """Pieces of all texts as they come. Raises Refused where a text got no time at all, or the engine broke."""
         ended = set[int]()
         asks = [ask for ask in question.asks if ask.length]
-        async with contextlib.aclosing(self.told(lambda tell: self.enlist(asks, tell))) as all_told:
+        async with contextlib.aclosing(self.told(lambda tell: self.enlist(asks, tell), ended)) as all_told:
             async for number, told in all_told:
-                if number in ended:
-                    continue
                 if told.why == Why.ERROR or (told.why == Why.TIME and not writings[number].written):
                     raise Refused(503, "there was no time for this question: ask again later", code="busy", wait=5)
+                question.read.append(True)
                 piece = writings[number].add(told)
                 if piece.why is not None:
                     ended.add(number)
                 yield number, piece
-                if len(ended) == len(asks):
-                    return
 
     def enlist(self, asks: list[Ask], tell: Callable[[int, Told], None]) -> list[Any]:
         """Put texts into the engine's line."""
@@ -267,8 +285,14 @@ class _Server:
                 found[number] = places_of(prompts[number], offsets[number], told.seen, best)
         return found
 
-    def encoded(self, prompts: Sequence[str | list[int]]) -> tuple[list[np.ndarray], list[str], list[list[int]]]:
-        """Ids of prompts, their text, and the characters before each token. Raises Refused for ids that are none."""
+    def encoded(
+        self, prompts: Sequence[str | list[int]], n: int, echo: bool
+    ) -> tuple[list[np.ndarray], list[str], list[list[int]]]:
+        """Ids of prompts; their text and the characters before each token, where they are to be given back.
+
+        Raises Refused for too many prompts, for one that is too long, and for ids that are none.
+        """
+        self.check_texts(len(prompts), n)
         ids, texts, offsets = [], [], []
         for prompt in prompts:
             if isinstance(prompt, str):
@@ -278,7 +302,8 @@ class _Server:
                 if max(prompt) >= self.box.tokenizer.tokens:
                     raise Refused(400, f"token {max(prompt)}: there are {self.box.tokenizer.tokens}", "prompt")
                 tokens = np.array(prompt, np.int32)
-                text, first = offsets_of(self.box.tokenizer, tokens)
+                self.check_length(len(prompt), 0)
+                text, first = offsets_of(self.box.tokenizer, tokens) if echo else ("", [])
             ids.append(tokens)
             texts.append(text)
             offsets.append(first)
@@ -344,7 +369,7 @@ def application(box: Box) -> ASGIApp:
     app = FastAPI(title="Epigone's prompt box", version="1", docs_url=None, redoc_url=None)
     bearer = HTTPBearer(auto_error=False, description="A key that 'epigone keys' made.")
 
-    def admitted(given: Annotated[HTTPAuthorizationCredentials | None, Depends(bearer)]) -> Key:
+    async def admitted(given: Annotated[HTTPAuthorizationCredentials | None, Depends(bearer)]) -> Key:
         return server.admitted(given)
 
     Admitted = Annotated[Key, Depends(admitted)]
@@ -430,11 +455,13 @@ def application(box: Box) -> ASGIApp:
             server.settle(path, question, status, sum(writing.written for writing in writings))
             server.asked.labels(path, str(status)).inc()
 
-        async def events() -> AsyncGenerator[str]:
+        async def events(first: str | None, rest: AsyncGenerator[str]) -> AsyncGenerator[str]:
             nonlocal status
             try:
-                async with contextlib.aclosing(sent(writings)) as all_sent:
-                    async for event in all_sent:
+                async with contextlib.aclosing(rest):
+                    if first is not None:
+                        yield first
+                    async for event in rest:
                         yield event
                 status = 200
                 yield _event("[DONE]")
@@ -445,9 +472,16 @@ def application(box: Box) -> ASGIApp:
                 status = 500
                 raise
 
-        if streams:
-            return _Stream(events(), box.bounds.seconds + box.bounds.patience, settle)
+        async def begun(rest: AsyncGenerator[str]) -> str | None:
+            return await anext(rest, None)
+
+        waits = streams
         try:
+            if streams:  # what is refused is refused before a status is sent
+                rest = sent(writings)
+                first = await _unless_gone(request, begun(rest))
+                waits = False
+                return _Stream(events(first, rest), 2 * box.bounds.seconds + box.bounds.patience, settle)
             body = await _unless_gone(request, whole(writings, tally))
             status = 200
             return Response(body.model_dump_json(), media_type="application/json")
@@ -455,7 +489,8 @@ def application(box: Box) -> ASGIApp:
             status = error.status if isinstance(error, Refused) else 500
             raise
         finally:
-            settle()
+            if waits or not streams:
+                settle()
 
     def usage(question: _Question, writings: list[Writing]) -> Usage:
         read, written = sum(map(len, question.prompts)), sum(writing.written for writing in writings)
@@ -466,7 +501,8 @@ def application(box: Box) -> ASGIApp:
         """Text for text."""
         server.check_model(asked.model)
         best = server.best(key, asked.logprobs, "logprobs")
-        prompts, texts, offsets = server.encoded(asked.prompts)
+        given = (asked.prompts, asked.n or 1, bool(asked.echo))
+        prompts, texts, offsets = await asyncio.to_thread(server.encoded, *given)
         length = 16 if asked.max_tokens is None else asked.max_tokens
         question = server.take(key, request.url.path, asked, prompts, length, best is not None)
         name, n = Naming(box.tokenizer, bool(asked.return_tokens_as_token_ids)), asked.n or 1
@@ -480,7 +516,11 @@ def application(box: Box) -> ASGIApp:
             """What stands before each text: its prompt, if it is to be given back."""
             if not asked.echo:
                 return [""] * len(prompts), [[] for _ in prompts]
-            return texts, [[] for _ in prompts] if best is None else await server.read(prompts, offsets, best)
+            if best is None:
+                return texts, [[] for _ in prompts]
+            scores = await server.read(prompts, offsets, best)
+            question.read.append(True)
+            return texts, scores
 
         async def whole(writings: list[Writing], tally: _Tally) -> Completion:
             before, scores = await heads()
@@ -546,10 +586,12 @@ def application(box: Box) -> ASGIApp:
             return _event(ChatChunk(**about, choices=[one]), exclude={"choices": {"__all__": {"delta": _unset(delta)}}})
 
         async def sent(writings: list[Writing]) -> AsyncGenerator[str]:
-            for number in range(len(writings)):
-                yield chunk(number, Delta(role="assistant", content=""))
+            begun = set[int]()
             async with contextlib.aclosing(server.pieces(question, writings)) as pieces:
                 async for number, (text, places, why) in pieces:
+                    if number not in begun:
+                        begun.add(number)
+                        yield chunk(number, Delta(role="assistant", content=""))
                     if text or places or why is not None:
                         yield chunk(number, Delta(content=text), places, why)
             if asked.stream_options and asked.stream_options.include_usage:

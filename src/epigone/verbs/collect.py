@@ -71,7 +71,10 @@ def collect_answers(arguments: Sequence[str]) -> None:
     )
     if given.dry_run:
         return
-    with Journal(share.journal(folder), collection.settings) as journal, _View(console, expected.prompts) as view:
+    with (
+        Journal(share.journal(folder), collection.settings, alone=True) as journal,
+        _View(console, expected.prompts) as view,
+    ):
         before = journal.totals
         work = collect(collection, journal, collection.prompts(data), share, view)
         done = asyncio.run(_until_told(work))
