@@ -14,6 +14,8 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["XLA_FLAGS"] = f"{QUICK} {os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(CACHE))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
+for library in ("OMP", "OPENBLAS"):
+    os.environ.setdefault(f"{library}_NUM_THREADS", "1")  # in small products threads wait for each other, turning
 gc.set_threshold(200_000, 50, 100)  # tracing makes many objects that stay: Python's own thresholds cost a tenth of it
 
 LONG = ("readme", "smollm2_student", "same_losses", "on_policy", "faults", "cached_scores", "cli", "configs")
