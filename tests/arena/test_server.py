@@ -38,7 +38,9 @@ BOUNDS = Bounds(body=200_000, seconds=60.0, patience=1.0, texts=8)
 def listening(box):
     """The box on a free port, in a thread."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
-        config = uvicorn.Config(application(box), http=serve._patient_protocol(), log_level="error", access_log=False)
+        config = uvicorn.Config(
+            application(box), http=serve._patient_protocol(), log_config=None, log_level="error", access_log=False
+        )
         server = uvicorn.Server(config)
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
         thread.start()

@@ -80,6 +80,7 @@ def serve_node(given: Serve) -> None:
             config = uvicorn.Config(
                 application(box),
                 http=_patient_protocol(),
+                log_config=None,  # its own closes the handlers that others have, and absl's closes its stream then
                 log_level="error",
                 access_log=False,  # the log of the box says who asked what; nothing else does
                 server_header=False,
