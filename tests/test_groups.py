@@ -121,15 +121,12 @@ def test_a_group_begins_with_its_parents_weights_where_it_is_to(folder):
         assert ours < other - 0.3
 
 
-def start(folder, run):
-    command = [sys.executable, "-m", "epigone", "run", "abreast.py", "--run", run, "--hardware.together", "4"]
-    return subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+RUN = ["run", "abreast.py", "--hardware.together", "4", "--run"]
 
 
 def test_a_group_of_which_some_are_done_ends_the_same_after_sigkill(folder):
-    whole = start(folder, "whole")
-    assert whole.wait(timeout=240) == 0, whole.stderr.read()
-    process = start(folder, "killed")
+    assert main([*RUN, "whole"]) == 0
+    process = subprocess.Popen([sys.executable, "-m", "epigone", *RUN, "killed"], cwd=folder)
     deadline = time.monotonic() + 240
     while len(records(folder / "killed")) < 3:  # the trigram and a part of the first group
         assert time.monotonic() < deadline
@@ -138,8 +135,7 @@ def test_a_group_of_which_some_are_done_ends_the_same_after_sigkill(folder):
     process.wait()
     done = records(folder / "killed")
     assert len(done) < 13
-    last = start(folder, "killed")
-    assert last.wait(timeout=240) == 0, last.stderr.read()
+    assert main([*RUN, "killed"]) == 0
     found, wanted = records(folder / "killed"), records(folder / "whole")
     assert found.keys() == wanted.keys()
     for key in wanted:

@@ -11,6 +11,7 @@ import pytest
 import tiny
 
 from epigone import regimes
+from epigone.cli import main
 from epigone.data.corpora import TextFiles
 from epigone.data.tokenizers import Words
 from epigone.families import chain
@@ -58,11 +59,15 @@ def lineage() -> Lineage:
 '''
 
 
+def write(folder):
+    tiny.write_corpus(folder, 2_000)
+    (folder / "sweep.py").write_text(CONFIG)
+    return folder
+
+
 @pytest.fixture
 def folder(tmp_path):
-    tiny.write_corpus(tmp_path, 2_000)
-    (tmp_path / "sweep.py").write_text(CONFIG)
-    return tmp_path
+    return write(tmp_path)
 
 
 def start(folder, run, *more):
@@ -79,11 +84,13 @@ def results(folder, run):
     return nodes, {path.name: json.loads(path.read_text()) for path in sorted(place.glob("populations/*.json"))}
 
 
-@pytest.fixture
-def wanted(folder):
+@pytest.fixture(scope="module")
+def wanted(tmp_path_factory):
     """What an undisturbed run of one process gives."""
-    undisturbed = start(folder, "whole")
-    assert undisturbed.wait(timeout=240) == 0, undisturbed.stderr.read()
+    folder = write(tmp_path_factory.mktemp("undisturbed"))
+    with pytest.MonkeyPatch.context() as patched:
+        patched.chdir(folder)
+        assert main(["run", "sweep.py", "--run", "runs/whole"]) == 0
     found = results(folder, "whole")
     assert len(found[0]) == 2 * 12
     assert len(found[1]) == 2
@@ -95,7 +102,7 @@ def wanted(folder):
     [((), (0.1, 0.4, 0.8)), (("--jobs", "2"), (0.5,))],
     ids=["one process", "two beside each other"],
 )
-def test_a_sweep_that_is_killed_again_and_again_ends_the_same(folder, wanted, more, shares):
+def test_a_sweep_that_is_killed_again_and_again_ends_the_same(folder, wanted, more, shares, monkeypatch, capsys):
     chance, killed = random.Random(3), 0
     for share in shares:
         process = start(folder, "killed", *more)
@@ -106,10 +113,10 @@ def test_a_sweep_that_is_killed_again_and_again_ends_the_same(folder, wanted, mo
             process.send_signal(signal.SIGKILL)
             killed += process.wait() == -signal.SIGKILL
     assert killed == len(shares)
-    last = start(folder, "killed", *more)
-    assert last.wait(timeout=240) == 0, last.stderr.read()
+    monkeypatch.chdir(folder)
+    assert main(["run", "sweep.py", "--run", "runs/killed", *more]) == 0
     assert results(folder, "killed") == wanted
-    assert "nothing to grow" not in last.stdout.read()
+    assert "nothing to grow" not in capsys.readouterr().out
 
 
 def test_a_transformer_reads_a_trigram_and_the_reverse(tmp_path):
