@@ -72,7 +72,8 @@ def test_the_command_that_it_gives_is_that_mesh(tmp_path, capsys):
 
 def test_a_search_ranks_what_it_tried(tmp_path, capsys):
     config = CONFIGS / "inside.py"
-    assert plan(config, tmp_path, "--search", "--topology", "h100:2", "--price", "2", "--node", "contrast@1") == 0
+    few = ["--node", "contrast@1", "--set", "contrast.lesson.training.batch_size=2"]  # every way is traced
+    assert plan(config, tmp_path, "--search", "--topology", "h100:2", "--price", "2", *few) == 0
     out = tmp_path / "run" / "plans" / "contrast@1-h100-2.json"
     told = json.loads(out.read_text())
     assert len(told["search"]) > 4
