@@ -316,7 +316,7 @@ def test_two_runs_at_once_the_second_leaves_and_a_killed_one_goes_on(grown, tmp_
     """Ended twice, once by SIGKILL and once by SIGTERM, the lineage ends as if nothing had happened."""
     shutil.copy(grown / "tiny.py", tmp_path)
     nodes = tmp_path / "runs" / "tiny"
-    long = ["--set", "teacher.lesson.training.steps=800"]
+    long = ["--set", "teacher.lesson.training.steps=2000"]
     first = start(tmp_path, *long)
     wait_for(nodes, "nodes/teacher@0-*/training")
     assert run(tmp_path, *long) == 2
@@ -337,7 +337,7 @@ def test_two_runs_at_once_the_second_leaves_and_a_killed_one_goes_on(grown, tmp_
         assert found[key]["metrics"] == expected[key]["metrics"]
         assert found[key]["samples"] == expected[key]["samples"]
     curves = [[point["loss"] for point in kind["teacher@0"]["curve"]] for kind in (found, expected)]
-    assert len(curves[0]) == 80
+    assert len(curves[0]) == 200
     assert curves[0] == curves[1]
 
 
