@@ -5,6 +5,7 @@ import os
 import sys
 from pathlib import Path
 
+import hypothesis
 import pytest
 from compiler_flags import QUICK
 from object_stores import folder, s3_folder, stores  # noqa: F401
@@ -16,6 +17,8 @@ os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(CACHE))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
 for library in ("OMP", "OPENBLAS"):
     os.environ.setdefault(f"{library}_NUM_THREADS", "1")  # in small products threads wait for each other, turning
+hypothesis.settings.register_profile("loaded", deadline=None)  # others may use the machine
+hypothesis.settings.load_profile("loaded")
 gc.set_threshold(200_000, 50, 100)  # tracing makes many objects that stay: Python's own thresholds cost a tenth of it
 
 LONG = ("readme", "smollm2_student", "same_losses", "on_policy", "faults", "cached_scores", "cli", "configs")

@@ -78,7 +78,12 @@ def test_smollm2_reads_and_writes_as_in_transformers(smollm2, text):
 
 
 @settings(max_examples=100, deadline=None)
-@given(text=st.text(st.characters(exclude_categories=["Cs", "Nd", "Nl", "No"]), max_size=40))
+# A special token that is spelled out is mere text here and none to transformers; Hypothesis tries such strings.
+@given(
+    text=st.text(st.characters(exclude_categories=["Cs", "Nd", "Nl", "No"]), max_size=40).filter(
+        lambda t: "<|" not in t
+    )
+)
 def test_any_text_without_numbers_has_the_ids_of_transformers(smollm2, text):
     ours, theirs = smollm2
     ids = ours.encode(text)
