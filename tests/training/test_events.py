@@ -2,6 +2,8 @@
 
 import errno
 import struct
+import subprocess
+import sys
 
 import pytest
 from tensorboardX.proto.event_pb2 import Event
@@ -64,3 +66,16 @@ def test_what_is_written_is_there_before_the_end(tmp_path):
     (path,) = tmp_path.iterdir()
     assert [event.step for event in records(path)] == [10, 10, 10]
     events.close()
+
+
+def test_writing_events_leaves_pytorch_alone(tmp_path):
+    """It takes seconds to import, and is there for others, also behind tensorboardX that was not given it."""
+    program = f"""
+import sys
+from pathlib import Path
+from epigone.training.events import Events
+Events(Path({str(tmp_path)!r}), active=True).write({{"step": 1, "loss": 1.0}})
+print("torch" in sys.modules, bool(__import__("importlib").util.find_spec("torch")))
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["False", "True"]

@@ -5,12 +5,14 @@ point that finds it so, once, and not also of whatever lets go of the file later
 """
 
 import errno
+import functools
 import os
 import platform
 import struct
+import sys
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -61,16 +63,30 @@ class Events:
         self._append(step=step, session_log={"status": "START"})
 
     def _append(self, **said: Any) -> None:
-        from tensorboardX.proto.event_pb2 import Event
-
-        record = _record(Event(wall_time=time.time(), **said).SerializeToString())
+        event, checksum = _format()
+        record = _record(event(wall_time=time.time(), **said).SerializeToString(), checksum)
         if self._file.write(record) != len(record):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), self._file.name)
 
 
-def _record(data: bytes) -> bytes:
-    """One record: its length as 8 bytes, data, and masked checksums of both."""
-    from tensorboardX.record_writer import masked_crc32c
+@functools.cache
+def _format() -> tuple[Any, Callable[[bytes], int]]:
+    """tensorboardX's message and its masked checksum.
 
+    It imports PyTorch where that is installed, for seconds, and for what is not used here: it shall find none.
+    """
+    hidden: dict[str, Any] = {} if "torch" in sys.modules else {"torch": None}
+    sys.modules.update(hidden)
+    try:
+        from tensorboardX.proto.event_pb2 import Event
+        from tensorboardX.record_writer import masked_crc32c
+    finally:
+        for name in hidden:
+            del sys.modules[name]
+    return Event, masked_crc32c
+
+
+def _record(data: bytes, checksum: Callable[[bytes], int]) -> bytes:
+    """One record: its length as 8 bytes, data, and masked checksums of both."""
     length = struct.pack("<Q", len(data))
-    return length + struct.pack("<I", masked_crc32c(length)) + data + struct.pack("<I", masked_crc32c(data))
+    return length + struct.pack("<I", checksum(length)) + data + struct.pack("<I", checksum(data))
