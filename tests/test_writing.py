@@ -5,6 +5,7 @@ import json
 import shutil
 from functools import partial
 
+import jax
 import numpy as np
 import pytest
 import tiny
@@ -22,6 +23,7 @@ from epigone.models.config import DecoderConfig
 from epigone.models.decoder import flops_per_token
 from epigone.models.ngram import NGram, NGramModel
 from epigone.plan import plan
+from epigone.sampling.watermark import GreenList, hashes, is_green, seeds
 from epigone.store import Store
 from epigone.training.config import Training
 from epigone.verbs.descriptions import lesson_in_words, real_texts
@@ -325,6 +327,7 @@ def test_a_model_card_tells_how_texts_were_chosen(run):
         ({"rule": 3}, "rule=3 is no function of a text"),
         ({"beams": 2}, "beams=2 finds one text of each prompt"),
         ({"beams": 2, "prompts": Text("c"), "prompt_tokens": 2, "top_k": 3}, "no temperature, top_k"),
+        ({"beams": 2, "prompts": Text("c"), "prompt_tokens": 2, "marks": (GreenList(1),)}, "best_of, draw or marks"),
         ({"prompts": Text("c")}, "prompt_tokens=0 and a text of prompts: set both"),
         ({"prompt_tokens": 2}, "prompt_tokens=2 and no text of prompts: set both"),
         ({"prompts": Text("c"), "prompt_tokens": 256}, "prompt_tokens=256 leaves nothing to write of max_length=256"),
@@ -350,6 +353,25 @@ def test_what_does_not_fit_the_writer_is_refused_before_anything_is_grown(how, m
     with pytest.raises(UserError, match=message):
         grow(lineage, folder / "runs" / "refused", view=Silent())
     assert not list((folder / "runs" / "refused").glob("nodes/*"))
+
+
+def test_marks_are_of_what_a_decoder_draws_and_their_names_are_on_the_card(folder):
+    marked = Written("writer@0", 120, max_length=10, marks=(GreenList(5, delta=9.0),))
+    lineage = family(folder, marked, dataclasses.replace(marked, best_of=2))
+    store = Store(folder / "runs" / "marked", lineage)
+    grow(lineage, store.run, view=Silent())
+    materials = Materials(store)
+    for number, source in enumerate((marked, dataclasses.replace(marked, best_of=2))):
+        assert store.record(lineage[f"reader-{number}@1"])["data"][0]["marks"] == ["GreenList"]
+        documents = materials.documents(source, lineage["writer@0"].tokenizer)
+        pairs = {(*np.r_[1, 1, d][n : n + 2].tolist(), int(d[n])) for d in documents for n in range(len(d))}
+        rows = np.array(sorted(pairs), np.int32)
+        hashed = jax.jit(lambda before, token: hashes(seeds(5, before), token))(rows[:, :2], rows[:, 2:])
+        assert np.mean(is_green(hashed[:, 0], 0.5)) > 0.9
+    assert "temperature 1, with GreenList" in lesson_in_words(lineage["reader-0@1"].lesson, 0)[0].value
+    counts = family(folder, dataclasses.replace(marked, by="judge@0"))
+    with pytest.raises(UserError, match="'judge@0' counts, and marks change what a decoder draws"):
+        grow(counts, folder / "runs" / "counts", view=Silent())
 
 
 def test_a_judge_with_another_tokenizer_is_refused(folder):

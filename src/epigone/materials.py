@@ -177,7 +177,9 @@ class Materials:
         if is_chosen(source):
             documents, told, tokens = self._chosen(source, identity)
         else:
-            documents = self.model(writer).write(source.tokens, seed_of(identity, _drawn("write", source)), **sampling)
+            documents = self._writer(source).write(
+                source.tokens, seed_of(identity, _drawn("write", source)), **sampling
+            )
             told, tokens = {}, count_tokens(documents)
         models = [self.filled(self.store.lineage[key]) for key in (source.by, source.judged_by) if key]
         flops = writing_flops(tokens, models, longest(writer, source.max_length))
@@ -187,10 +189,16 @@ class Materials:
             "sampling": canonical(sampling),
             "tokenizer": tokenizer.identity,
             **told,
+            **({"marks": [type(mark).__name__ for mark in source.marks]} if source.marks else {}),
             **({"flops": flops} if flops else {}),
         }
         corpora.write_text(directory, [tokenizer.decode(ids) for ids in documents], card, tokens=documents)
         return documents, tokenizer
+
+    def _writer(self, source: Written) -> LanguageModel:
+        """The model that writes a text, with the marks that it sets."""
+        model: Any = self.model(self.store.lineage[source.by])
+        return model.marked(source.marks) if source.marks else model
 
     def _chosen(self, source: Written, identity: str) -> tuple[list[Document], dict[str, Any], int]:
         """A text that is prompted or judged, what its card says of that, and the tokens of all candidates."""
@@ -199,7 +207,7 @@ class Materials:
         holds = None if source.rule is None else lambda document: bool(source.rule(decode(document)))
         documents, tally = write_chosen(
             source,
-            self.model(writer),
+            self._writer(source),
             score,
             self.prompts(source),
             longest(writer, source.max_length),
@@ -229,7 +237,7 @@ class Materials:
         real = self.documents(source.verifier.real, writer.tokenizer)
         tokens = count_tokens(real[: source.verifier.documents])
         knobs: dict[str, Any] = {name: getattr(source, name) for name in SAMPLING}
-        written = self.model(writer).write(tokens, seed_of(identity, "verify"), **knobs)
+        written = self._writer(source).write(tokens, seed_of(identity, "verify"), **knobs)
         fitted: Scores = source.verifier.fitted(real, written)
         return fitted
 
@@ -243,6 +251,8 @@ class Materials:
         """Refuse, before any work, a judge and prompts that do not fit the writer. Raises UserError."""
         writer = self.store.lineage[source.by]
         check_sizes(source, longest(writer, source.max_length))
+        if source.marks and isinstance(writer.model, NGram):
+            raise UserError(f"'{writer.key}' counts, and marks change what a decoder draws: drop them from its text")
         if source.judge:
             judge = self.store.lineage[source.judge]
             ours, theirs = (self.tokenizer(node.tokenizer) for node in (writer, judge))

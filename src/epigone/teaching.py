@@ -8,8 +8,8 @@ from epigone.data.packing import Rows
 from epigone.data.token_bytes import TokenBytes
 from epigone.errors import UserError
 from epigone.identity import fingerprint
-from epigone.lineage import Node
-from epigone.materials import Materials, fill
+from epigone.lineage import Node, Written
+from epigone.materials import Materials, fill, longest
 from epigone.models.ngram import NGram
 from epigone.processes import wait
 from epigone.training.config import Hardware
@@ -45,9 +45,22 @@ def check_teacher(node: Node, materials: Materials) -> None:
         )
     for key in lesson.teachers:
         _check_tokenizers(node, materials.store.lineage[key], materials, aligned)
+    if hasattr(lesson.scores, "policy"):
+        for source in lesson.text:
+            if isinstance(source, Written):
+                _check_whole(node, longest(materials.store.lineage[source.by], source.max_length))
     if lesson.objective.inner:
         shown = materials.store.lineage[lesson.teachers[0]] if decodes and lesson.scores is None else None
         check_inside(lesson.objective, _sizes(node, materials), _sizes(shown, materials) if shown else None)
+
+
+def _check_whole(node: Node, tokens: int) -> None:
+    """Refuse texts that are cut over rows: a prompt box reads each as one, and shows its scores so."""
+    if tokens >= (rows := node.lesson.training.sequence_length):
+        raise UserError(
+            f"node '{node.key}' learns what a prompt box shows of whole texts, and rows of {rows} cut one of {tokens}: "
+            f"raise sequence_length above {tokens}, or take shorter texts (max_length)"
+        )
 
 
 def _sizes(node: Node, materials: Materials) -> Any:
@@ -115,6 +128,9 @@ def ask(
     from epigone.training.labelling import label
 
     lesson, cached = node.lesson, _cached(node, materials)
+    if hasattr(lesson.scores, "policy"):
+        texts = [materials.documents(source, node.tokenizer) for source in lesson.text]
+        _check_whole(node, max(len(document) for documents in texts for document in documents))
     batch_size, key = lesson.training.batch_size, lesson.teachers[0]
     view.stage("label", sum(-(-len(source) // batch_size) for source in rows))
     done = label(cached, lambda: _in_memory(key, materials, hardware), rows, batch_size, hardware, on_step=view.step)

@@ -67,6 +67,8 @@ class Written:
         prompt_tokens: tokens that are given of each of them, part of the text; shorter documents give no prompt.
         subsample: tokens of whole documents that are drawn of the text at random, none twice; None: all are read.
         draw: number of the text: with another one the writer writes others of the same kind.
+        marks: change what is drawn, token by token, as a prompt box does: watermarks of `epigone.sampling.watermark`,
+            and other marks of `epigone.arena.policies`.
     """
 
     by: str
@@ -85,6 +87,7 @@ class Written:
     prompt_tokens: int = field(default=0, metadata={"identity": WHERE_SET})
     subsample: int | None = field(default=None, metadata={"identity": WHERE_SET})
     draw: int = field(default=0, metadata={"identity": WHERE_SET})
+    marks: tuple[Any, ...] = field(default=(), metadata={"identity": WHERE_SET})
 
     @property
     def size(self) -> int:
@@ -109,15 +112,17 @@ class Written:
     def __post_init__(self) -> None:
         check_sizes(self, tokens=0, top_k=0, max_length=1, beams=0, best_of=1, prompt_tokens=0, subsample=1, draw=0)
         _check_subsample(self)
+        if not isinstance(self.marks, tuple):
+            raise UserError(f"written by '{self.by}': marks={self.marks!r} is no tuple of marks: put it into one")
         if not (self.temperature >= 1e-6 and 0 < self.top_p <= 1):
             raise UserError(
                 f"written by '{self.by}': temperature {self.temperature} (1e-6 or more), top_p {self.top_p}"
             )
-        sampled = self.temperature != 1 or self.top_k or self.top_p < 1 or self.best_of > 1 or self.draw
+        sampled = self.temperature != 1 or self.top_k or self.top_p < 1 or self.best_of > 1 or self.draw or self.marks
         if self.beams and (sampled or self.prompts is None):
             raise UserError(
                 f"written by '{self.by}': beams={self.beams} finds one text of each prompt: it takes prompts, and no "
-                "temperature, top_k, top_p, best_of or draw"
+                "temperature, top_k, top_p, best_of, draw or marks"
             )
         if not 0 < self.keep <= 1:
             raise UserError(f"written by '{self.by}': keep={self.keep} is a share: above 0, up to 1 for all")

@@ -3,6 +3,7 @@
 import dataclasses
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.stats
@@ -16,6 +17,7 @@ from epigone.models.sharding import make_mesh
 from epigone.sampling import loop
 from epigone.sampling.decode import DecoderLanguageModel, sample
 from epigone.sampling.scores import bucket, windows_of
+from epigone.sampling.watermark import Gumbel
 
 every_variant = pytest.mark.parametrize("config", VARIANTS.values(), ids=VARIANTS.keys())
 PROMPTS = [np.array(p, np.int32) for p in ([5, 9, 3], [], [7, 8, 2, 30, 11, 4], [20])]
@@ -75,6 +77,27 @@ def test_written_documents_do_not_depend_on_slots_and_are_samples_of_an_empty_pr
     (continued,) = model().sample([PROMPTS[1]], 5, samples=3, length=10)
     for document, one in zip(few, continued, strict=False):
         np.testing.assert_array_equal(document, one)
+
+
+def test_marks_are_in_all_that_is_written_and_in_no_score():
+    """Every token of a Gumbel mark is the one that its hashes choose, whichever way a text is asked for."""
+    mark = Gumbel(77, width=2)
+    plain = model()
+    marked = plain.marked((mark,))
+    written, drawn = marked.write(60, 3), marked.sample(PROMPTS, 3, samples=2, length=8)
+    parts = [(len(p), np.r_[p, d].astype(np.int32)) for p, row in zip(PROMPTS, drawn, strict=True) for d in row]
+    grown = {(i, j): list[int]() for i in range(len(PROMPTS)) for j in range(2)}
+    for i, j, tokens in marked.stream(PROMPTS, 3, samples=2, length=8):
+        grown[i, j] += tokens.tolist()
+    assert [grown[i, j] for i, j in grown] == [d.tolist() for row in drawn for d in row]
+    for given, document in [*((0, d) for d in written), *parts]:
+        logits = plain_log_probs(LLAMA, plain.params, document)
+        before = np.stack([np.r_[[BOS] * 2, document][n : n + 2] for n in range(len(document) + 1)]).astype(np.int32)
+        chosen = np.asarray(mark(jnp.asarray(logits), jnp.asarray(before))).argmax(axis=1)
+        np.testing.assert_array_equal(document[given:], chosen[given:-1])
+    for ours, theirs in zip(marked.log_probs(written), plain.log_probs(written), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+    assert [d.tolist() for d in plain.write(60, 3)] != [d.tolist() for d in written]
 
 
 def test_what_is_written_fits_the_model_and_is_scored_in_one_window():

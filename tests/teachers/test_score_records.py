@@ -6,9 +6,10 @@ import pytest
 from scipy.special import log_softmax
 from scipy.stats import chisquare
 
+from epigone.arena.policies import POLICIES
 from epigone.errors import Fault, UserError
 from epigone.teachers.bits import Reader, pack, width_of
-from epigone.teachers.kept import HiddenStates, RandomDraws, TopK, TopP
+from epigone.teachers.kept import HiddenStates, Places, RandomDraws, Shown, TopK, TopP
 from epigone.teachers.score_records import LOWEST, decode, encode
 
 NONE = -1e9
@@ -25,7 +26,8 @@ def zipf(tokens, vocab_size, seed=0, sharpness=1.6):
 
 def kept(scores, logits, seed=0):
     keys = jax.random.split(jax.random.key(seed), len(logits))
-    return jax.device_get(jax.jit(scores.keep)(logits, keys))
+    places = Places(keys, np.zeros(len(logits), np.int32), np.zeros((len(logits), 1), np.int32))
+    return jax.device_get(jax.jit(scores.keep)(logits, places))
 
 
 @pytest.mark.parametrize("width", [1, 7, 12, 17, 18, 25])
@@ -131,6 +133,9 @@ def test_a_record_that_is_cut_or_too_long_is_a_fault():
         lambda: RandomDraws(5, power=0.0),
         lambda: HiddenStates("float16"),
         lambda: TopK(3, rest="tail"),
+        lambda: Shown(POLICIES["text"]),
+        lambda: Shown(POLICIES["best5"], best=-1),
+        lambda: Shown(POLICIES["best5"], times=0.0),
     ],
 )
 def test_what_cannot_be_kept_is_refused(make):

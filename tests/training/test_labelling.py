@@ -1,10 +1,13 @@
 """A teacher that is asked once: the same scores in any batch, order and mesh; work that is shared and goes on."""
 
+from itertools import product
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from epigone.arena.policies import Best, Noisy, Policy, Rounded, Tempered, shown_scores
 from epigone.data.pipeline import Batches, pack
 from epigone.errors import UserError
 from epigone.lessons.divergences import forward_kl
@@ -12,10 +15,11 @@ from epigone.lessons.heads import Hidden
 from epigone.lessons.objective import Objective
 from epigone.models import decoder
 from epigone.models.config import DecoderConfig
+from epigone.sampling.watermark import GreenList
 from epigone.teachers.cached import CachedTeacher
 from epigone.teachers.in_memory import DecoderTeacher
-from epigone.teachers.kept import HiddenStates, RandomDraws, TopK, TopP
-from epigone.teachers.score_files import Claims, ScoreFiles
+from epigone.teachers.kept import HiddenStates, RandomDraws, Shown, TopK, TopP
+from epigone.teachers.score_files import Claims, ScoreFiles, segments
 from epigone.training import labelling, loop
 from epigone.training.config import Hardware, Training
 from epigone.training.labelling import label
@@ -81,8 +85,69 @@ def test_scores_are_those_of_the_teacher_beside_the_student(tmp_path, params, sc
     assert there.any()
 
 
+BOXES = {
+    "best": Policy(scores=(Best(5),)),
+    "best and own": Policy(scores=(Best(3, own=True), Rounded(1))),
+    "twenty": Policy(scores=(Best(20, own=True),)),
+    "noisy": Policy(scores=(Best(4, own=True), Noisy(7, 0.5, width=3))),
+    "marked": Policy((GreenList(9, width=2), Tempered(1.5)), (Best(6, own=True),)),
+}
+
+
+@pytest.mark.parametrize(("box", "best"), [*product(BOXES, [4]), ("twenty", 20)])
+def test_a_student_outside_learns_from_what_the_box_shows(tmp_path, params, box, best):
+    """What is kept of packed rows is what the box says of each document alone when it is asked for its scores."""
+    whole = [document for document in DOCUMENTS if len(document) < T]
+    policy, shown = BOXES[box], Shown(BOXES[box], best=best)
+    found, _ = asked(shown, tmp_path, params, [pack(whole, T)])
+    batch = Batches([pack(whole, T)], None, 8, seed=1).batch(0)
+    given = found.scores({}, batch, found.fetch(batch))
+    seen = shown_scores(MODEL, params, policy, whole, best)
+    told = {document.tobytes(): one for document, one in zip(whole, seen, strict=True)}
+    for segment in segments(batch.tokens_BT, batch.segments_BT):
+        place = (segment.row, slice(segment.first, segment.first + segment.length))
+        targets = batch.targets_BT[place]
+        seen = told[targets[:-1].tobytes()]
+        for n, (ids, values, rest) in enumerate(
+            zip(given.ids_BTM[place], given.log_probs_BTM[place], given.rest_BT[place], strict=True)
+        ):
+            kept = {int(i): float(v) for i, v in zip(ids, values, strict=True) if v > -1e9}
+            wanted = {int(i): float(v) for i, v in zip(seen.ids[n], seen.log_probs[n], strict=True) if i >= 0}
+            if not np.isnan(seen.own[n]):
+                wanted[int(targets[n])] = float(seen.own[n])
+            assert kept.keys() == wanted.keys()
+            for token, value in wanted.items():
+                assert kept[token] == pytest.approx(min(0.0, max(value, -4095 / 256)), abs=0.003)
+            left = max(1 - sum(np.exp(list(wanted.values()))), 1e-7)
+            assert rest == pytest.approx(max(np.log(left), -4095 / 256), abs=0.01)
+
+
+@pytest.mark.parametrize("temperature", [2.0, 10.0])
+def test_a_temperature_that_is_known_is_undone(tmp_path, params, temperature):
+    """Where all is shown it is the model's own distribution again; where five are, they are as far apart as there."""
+    whole = [document for document in DOCUMENTS if len(document) < T]
+    rows, flatter = pack(whole, T), Tempered(temperature)
+    every, _ = asked(Shown(Policy((flatter,)), V, times=temperature), tmp_path / "a", params, [rows])
+    five, _ = asked(Shown(Policy((flatter,), (Best(5),)), 5, times=temperature), tmp_path / "b", params, [rows])
+    plain, _ = asked(Shown(Policy(), V), tmp_path / "c", params, [rows])
+    batch = Batches([rows], None, 8, seed=1).batch(0)
+    real = batch.segments_BT > 0
+    all_, few, own = (one.scores({}, batch, one.fetch(batch)) for one in (every, five, plain))
+    shown = V - len(MODEL.specials.never)
+    np.testing.assert_array_equal(all_.ids_BTM[real][:, :5], own.ids_BTM[real][:, :5])
+    np.testing.assert_allclose(
+        all_.log_probs_BTM[real][:, :shown], own.log_probs_BTM[real][:, :shown], atol=0.002 * temperature
+    )
+    gaps = few.log_probs_BTM[real][:, :5] - own.log_probs_BTM[real][:, :5]
+    near = (own.log_probs_BTM[real][:, :5] > -15).all(axis=1)  # a record ends at 16 nats
+    assert near.mean() > 0.9
+    assert np.ptp(gaps[near], axis=1).max() < 0.01
+    held = np.exp(few.log_probs_BTM[real]).sum(axis=1) + np.exp(few.rest_BT[real])
+    np.testing.assert_allclose(held, 1, atol=0.01)
+
+
 def test_scores_do_not_depend_on_batch_order_or_mesh(tmp_path, params):
-    for scores in (TopK(5), RandomDraws(12)):
+    for scores in (TopK(5), RandomDraws(12), Shown(BOXES["noisy"], best=4)):
         name = type(scores).__name__
         asked(scores, tmp_path / name / "a", params, [pack(DOCUMENTS, T)])
         other = [pack(DOCUMENTS[::-1][:30], T), pack(DOCUMENTS[:30], T)]

@@ -19,7 +19,7 @@ from epigone.sampling.beam import beam_search
 from epigone.sampling.loop import IDLE, Drawn, Knobs, Prepared, Until, decode, prepare, start_empty, switches
 from epigone.sampling.scores import FEW, bucket, embeddings, next_scores, windows_of, windows_scores
 from epigone.sampling.slots import CHUNK, Piece, Work, pieces, round_up
-from epigone.sampling.watermark import Mark
+from epigone.sampling.watermark import Mark, widest
 
 SLOTS = 128
 """Texts that are written side by side."""
@@ -78,13 +78,26 @@ def _joined(parts: list[Piece]) -> Sample:
 
 
 class DecoderLanguageModel:
-    """A decoder and its parameters as a LanguageModel."""
+    """A decoder and its parameters as a LanguageModel; `marks` change what it writes, and none of its scores."""
 
-    def __init__(self, config: DecoderConfig, params: Any, sharding: Sharding = Sharding(), slots: int = SLOTS) -> None:
-        self.config, self.params, self.sharding, self.slots = config, params, sharding, slots
+    def __init__(
+        self,
+        config: DecoderConfig,
+        params: Any,
+        sharding: Sharding = Sharding(),
+        slots: int = SLOTS,
+        marks: tuple[Mark, ...] = (),
+    ) -> None:
+        self.config, self.params, self.sharding, self.slots, self.marks = config, params, sharding, slots, marks
         if config.vocab_size is None:
             raise UserError("vocab_size is open: fill it with the tokenizer's size before the model is used")
         self.vocab_size = config.vocab_size
+
+    def marked(self, marks: tuple[Mark, ...]) -> "DecoderLanguageModel":
+        """The same model, with these marks in what it writes."""
+        found = DecoderLanguageModel(self.config, self.params, self.sharding, self.slots, marks)
+        found._prepared = self._prepared
+        return found
 
     def log_probs(self, documents: Sequence[Document]) -> list[np.ndarray]:
         """Natural-log probabilities of x_1..x_n and eos, for each document: float32 of lengths n + 1.
@@ -144,7 +157,7 @@ class DecoderLanguageModel:
         """`samples` continuations of bos + each prompt, each until an end (not included) or `length` tokens."""
         knobs: dict[str, Any] = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
         sizes: dict[str, Any] = {"samples": samples, "length": length, "slots": self._slots(len(prompts) * samples)}
-        placed: dict[str, Any] = {"sharding": self.sharding, "prepared": self._prepared}
+        placed: dict[str, Any] = {"sharding": self.sharding, "prepared": self._prepared, "marks": self.marks}
         found = sample(self.config, self.params, prompts, seed, **sizes, **knobs, **placed)
         return [[_without_end(self.specials, one.tokens) for one in row] for row in found]
 
@@ -170,7 +183,7 @@ class DecoderLanguageModel:
         """
         work = Work(prompts, samples, length, self._slots(len(prompts) * samples))
         knobs = Knobs(temperature, top_k, top_p)
-        for piece in pieces(self.config, self.sharding, self._prepared, work, seed, knobs, STREAMED):
+        for piece in pieces(self.config, self.sharding, self._prepared, work, seed, knobs, STREAMED, self.marks):
             tokens = _without_end(self.specials, piece.tokens)
             if len(tokens):
                 yield piece.prompt, piece.sample, tokens
@@ -194,12 +207,12 @@ class DecoderLanguageModel:
         config, sharding, switch = self.config, self.sharding, switches(knobs)
         wanted = self.slots if tokens >= SHORT * self.slots else max(1, self.slots // FEW)
         rows = round_up(wanted, batch_parts(sharding))
-        begin = (np.int32(limit), 0, np.uint32(seed), knobs)
+        begin = (np.int32(limit), widest(self.marks), np.uint32(seed), knobs)
         state = start_empty(config, sharding, rows, bucket(limit), self.params, *begin)
         until = Until(CHUNK, rows, tokens)
         live = True
         while live:
-            state, record = decode(config, sharding, CHUNK, switch, self._prepared, state, until)
+            state, record = decode(config, sharding, CHUNK, switch, self._prepared, state, until, self.marks)
             yield jax.device_get(record)
             live = bool(np.any(state.live_B))
 

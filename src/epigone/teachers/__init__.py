@@ -152,6 +152,11 @@ def check_kept(objective: Objective, kept: Any) -> None:
             f"scores are kept at one temperature, and the objective's changes, {objective.temperature}: give it a "
             "number, or keep hidden states (HiddenStates)"
         )
+    if hasattr(kept, "policy") and objective.temperature != 1:
+        raise UserError(
+            f"a prompt box shows scores of temperature 1, and the objective's temperature is {objective.temperature}: "
+            "set it to 1, or keep scores of a teacher that is at hand (TopK, TopP)"
+        )
     if drawn and objective.divergence is not forward_kl:
         raise UserError(
             f"random draws estimate forward_kl alone, and the objective's divergence is {objective.divergence}: "

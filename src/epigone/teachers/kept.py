@@ -1,11 +1,12 @@
 """What is kept of a teacher's scores for each token: the k best, the best that hold a probability, or random draws.
 
-Each is a frozen dataclass, the value of `Lesson.scores`: it chooses from a row of logits, on the device. How what was
-chosen is stored is told in `score_records`. M is the number of entries that a token can have.
+Each is a frozen dataclass, the value of `Lesson.scores`: it chooses from a row of logits, on the device. `Shown` leaves
+the choice to a prompt box, for a student outside. How what was chosen is stored is told in `score_records`. M is the
+number of entries that a token can have.
 """
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -31,6 +32,20 @@ class Kept(NamedTuple):
     rest_C2: Any
 
 
+class Places(NamedTuple):
+    """What is known of C tokens beside their logits.
+
+    Attributes:
+        keys_C: for what is drawn; that of a token follows from its segment and its place in it alone.
+        target_C: the token that stands there.
+        context_CH: the H tokens before it; before a segment has so many, its first one: bos, where a text begins.
+    """
+
+    keys_C: Any
+    target_C: Any
+    context_CH: Any
+
+
 @dataclass(frozen=True)
 class TopK:
     """The k most probable tokens.
@@ -51,7 +66,7 @@ class TopK:
         """Entries of a token (M)."""
         return min(self.k, vocab_size)
 
-    def keep(self, logits_CV: jax.Array, _: jax.Array) -> Kept:
+    def keep(self, logits_CV: jax.Array, _: Places) -> Kept:
         """Choose from logits that are divided by the temperature."""
         return _best(logits_CV, self.entries(logits_CV.shape[1]), 2.0)
 
@@ -80,7 +95,7 @@ class TopP:
         """Entries of a token (M) at most."""
         return min(self.most, vocab_size)
 
-    def keep(self, logits_CV: jax.Array, _: jax.Array) -> Kept:
+    def keep(self, logits_CV: jax.Array, _: Places) -> Kept:
         """Choose from logits that are divided by the temperature."""
         return _best(logits_CV, self.entries(logits_CV.shape[1]), self.p)
 
@@ -110,20 +125,98 @@ class RandomDraws:
         """Entries of a token (M) at most: different tokens of all draws."""
         return min(self.draws, vocab_size)
 
-    def keep(self, logits_CV: jax.Array, keys_C: jax.Array) -> Kept:
+    def keep(self, logits_CV: jax.Array, places: Places) -> Kept:
         """Draw, with one key a token, from logits that are divided by the temperature."""
         log_p_CV = jax.nn.log_softmax(logits_CV)
         p_CV = jnp.exp(log_p_CV)
         entropy_C = -jnp.sum(jnp.where(p_CV > 0, p_CV * log_p_CV, 0.0), axis=1)
         log_sum_C = jax.nn.logsumexp(self.power * log_p_CV, axis=1)
         weights_CV = jnp.exp(self.power * (logits_CV - jnp.max(logits_CV, axis=1, keepdims=True)))
-        uniform_C2N = uniforms(keys_C, 2 * self.draws).reshape(-1, 2, self.draws)
+        uniform_C2N = uniforms(places.keys_C, 2 * self.draws).reshape(-1, 2, self.draws)
         ids_CN = jax.vmap(drawn, in_axes=(None, 2), out_axes=1)(weights_CV, uniform_C2N)
         ids_CN = jnp.sort(ids_CN, axis=1)
         return Kept(ids_CN, jnp.take_along_axis(log_p_CV, ids_CN, axis=1), jnp.stack([entropy_C, log_sum_C], axis=1))
 
 
-Scores = TopK | TopP | RandomDraws
+class Box(Protocol):
+    """A prompt box, as `epigone.arena.policies.Policy` is one; hashable, since a program is compiled for it."""
+
+    @property
+    def width(self) -> int:
+        """Tokens before a place that it looks at."""
+        ...
+
+    @property
+    def shows(self) -> bool:
+        """Whether it shows any score."""
+        ...
+
+    def __call__(self, logits_NV: jax.Array, token_N: jax.Array, context_NH: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Log-probabilities [N, V] as they are shown, and which are: of places with these tokens, and these before."""
+        ...
+
+
+@dataclass(frozen=True)
+class Shown:
+    """What a prompt box shows: the best scores of a place, and that of the token that stands there, by its own rules.
+
+    All that a student outside can learn from, whether its text was answered or is scored with `echo`. A score above 0,
+    which noise may make, counts as 0.
+
+    Attributes:
+        policy: of the box, such as `epigone.arena.policies.POLICIES["best5"]`.
+        best: how many of the highest scores are asked for, beside that of the token that stands there.
+        rest: what becomes of the others: bucket, zero or left_out, as `lessons.sparse` tells. What is shown may hold
+            less or more than it says, so a bucket has what is left of 1, and 1e-7 at least.
+        times: what is shown is multiplied by it, and made a distribution again in which the others share evenly what
+            is left: 2 undoes a box that divides its logits by 2.
+    """
+
+    policy: Box
+    best: int = 20
+    rest: str = Rest.BUCKET
+    times: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.best < 0 or not 0 < self.times <= 1000:
+            raise UserError(f"Shown: best={self.best} is at least 0, and times={self.times} above 0, up to 1000")
+        _check_rest(self)
+        if not self.policy.shows:
+            raise UserError("Shown: the box shows no scores: learn from its text (hard_weight=1, and no scores)")
+
+    def entries(self, vocab_size: int) -> int:
+        """Entries of a token (M) at most."""
+        return min(self.best + 1, vocab_size)
+
+    def keep(self, logits_CV: jax.Array, places: Places) -> Kept:
+        """What is shown of these logits, which are of temperature 1."""
+        H, M = self.policy.width, self.entries(logits_CV.shape[1])
+        context_CH = places.context_CH[:, places.context_CH.shape[1] - H :]
+        log_probs_CV, is_shown_CV = self.policy(logits_CV, places.target_C, context_CH)
+        shown_CV = jnp.where(is_shown_CV & jnp.isfinite(log_probs_CV), log_probs_CV, -jnp.inf)
+        best_CK, ids_CK = jax.lax.top_k(shown_CV, min(self.best, logits_CV.shape[1]))
+        own_C1 = jnp.take_along_axis(shown_CV, places.target_C[:, None], axis=1)
+        is_among_C1 = jnp.any(ids_CK == places.target_C[:, None], axis=1, keepdims=True)
+        values_CN = jnp.concatenate([best_CK, jnp.where(is_among_C1, -jnp.inf, own_C1)], axis=1)
+        ids_CN = jnp.concatenate([ids_CK, places.target_C[:, None]], axis=1)
+        values_CM, order_CM = jax.lax.top_k(values_CN, M)
+        left_C = jnp.log(jnp.maximum(1.0 - jnp.sum(jnp.exp(values_CM), axis=1), LEAST_LEFT))
+        if self.times != 1:
+            # The others share evenly what is left: of all that they may be, it is what makes them the least sure.
+            others_C = jnp.log(jnp.maximum(logits_CV.shape[1] - jnp.sum(jnp.isfinite(values_CM), axis=1), 1))
+            left_C = self.times * (left_C - others_C) + others_C
+            values_CM = self.times * values_CM
+            total_C = jnp.logaddexp(jax.nn.logsumexp(values_CM, axis=1), left_C)
+            values_CM, left_C = values_CM - total_C[:, None], left_C - total_C
+        log_probs_CM = jnp.where(jnp.isfinite(values_CM), values_CM, FLOOR)
+        ids_CM = jnp.take_along_axis(ids_CN, order_CM, axis=1)
+        return Kept(ids_CM, log_probs_CM, jnp.stack([left_C, jnp.zeros_like(left_C)], axis=1))
+
+
+LEAST_LEFT = 1e-7
+"""What the tokens hold together whose scores are not shown, at least."""
+
+Scores = TopK | TopP | RandomDraws | Shown
 
 
 @dataclass(frozen=True)

@@ -3,8 +3,9 @@
 Ids take ceil(log2 V) bits. A log-probability takes 12 bits, in steps of 1/256 nat from 0 down to -16; what is less
 probable (1e-7) counts as that. Of the log-probabilities of k tokens, which fall from the first to the last, those of 17
 ranks are stored where there are more, densest at the top, and those between lie on straight lines over log rank (the
-idea of DistillKit's curves). Draws are stored as what they are: the different ids, and how often each came, in unary:
-n draws take n bits, however they fall.
+idea of DistillKit's curves). Of what a prompt box shows all are stored, since the last may lie far
+below the one before. Draws are stored as what they are: the different ids, and how often each came, in unary: n draws
+take n bits, however they fall.
 
 Bytes a token at V = 128,256: 299 for the 128 best, 33 for 50 draws of 12 different tokens.
 """
@@ -16,7 +17,7 @@ import numpy as np
 from epigone.lessons.sparse import Rest
 from epigone.lessons.terms import FLOOR
 from epigone.teachers.bits import Reader, pack, width_of
-from epigone.teachers.kept import Kept, RandomDraws, Scores
+from epigone.teachers.kept import Kept, RandomDraws, Scores, Shown
 
 STEPS_A_NAT = 256
 LEVEL_BITS = 12
@@ -42,7 +43,7 @@ def encode(scores: Scores, vocab_size: int, kept: Kept) -> bytes:
     full = bool(there_TM.all())
     parts = [bytes([full]), b"" if full else pack(sizes_T, width_of(M + 1))]
     parts.append(pack(ids_TM[there_TM], width_of(vocab_size)))
-    parts.append(pack(_level(log_probs_TM[_masks(M)[sizes_T]]), LEVEL_BITS))
+    parts.append(pack(_level(log_probs_TM[_masks(M, isinstance(scores, Shown))[sizes_T]]), LEVEL_BITS))
     if scores.rest == Rest.BUCKET:
         parts.append(pack(_level(rest_T2[:, 0]), LEVEL_BITS))
     return b"".join(parts)
@@ -57,12 +58,13 @@ def decode(scores: Scores, vocab_size: int, tokens: int, data: bytes) -> Arrays:
     full = bool(reader.numbers(1, 8)[0])
     sizes_T = np.full(tokens, M, np.int32) if full else reader.numbers(tokens, width_of(M + 1))
     there_TM = np.arange(M) < sizes_T[:, None]
-    stored_TM = _masks(M)[sizes_T]
+    every = isinstance(scores, Shown)
+    stored_TM = _masks(M, every)[sizes_T]
     ids_TM, log_probs_TM = np.zeros((tokens, M), np.int32), np.full((tokens, M), FLOOR, np.float32)
     ids_TM[there_TM] = reader.numbers(int(sizes_T.sum()), width_of(vocab_size))
     log_probs_TM[stored_TM] = _value(reader.numbers(int(stored_TM.sum()), LEVEL_BITS))
     for size in np.unique(sizes_T):
-        if size > RANKS:
+        if size > RANKS and not every:
             rows = sizes_T == size
             log_probs_TM[rows, :size] = log_probs_TM[rows][:, _ranks(size)] @ _lines(size)
     rest_T = np.zeros(tokens, np.float32)
@@ -129,8 +131,10 @@ def _lines(size: int) -> np.ndarray:
 
 
 @cache
-def _masks(M: int) -> np.ndarray:
-    """For each size from 0 to M, which ranks are stored: [M + 1, M]."""
+def _masks(M: int, every: bool) -> np.ndarray:
+    """For each size from 0 to M, which ranks are stored, or all of them: [M + 1, M]."""
+    if every:
+        return np.tri(M + 1, M, -1, dtype=bool)
     masks = np.zeros((M + 1, M), bool)
     for size in range(1, M + 1):
         masks[size, _ranks(size)] = True

@@ -20,7 +20,7 @@ from epigone.models.sharding import make_mesh
 from epigone.sampling.draw import token_keys
 from epigone.teachers import Teacher
 from epigone.teachers.cached import CachedTeacher
-from epigone.teachers.kept import HiddenStates, Kept
+from epigone.teachers.kept import HiddenStates, Kept, Places, Shown
 from epigone.teachers.score_files import Claims, Segment, segments
 from epigone.training.config import Hardware
 from epigone.training.metrics import StepReport
@@ -175,13 +175,16 @@ class _Work:
         share = self.batch_size // jax.process_count()
         mine = slice(jax.process_index() * share, (jax.process_index() + 1) * share)
         own = Batch(*(part[mine] for part in batch))
-        arrays = to_mesh((own, self.teacher.fetch(own), hashes_BT2[mine]), 1, self.mesh)
+        kept = self.cached.kept
+        context_BTH = _before(own, kept.policy.width if isinstance(kept, Shown) else 0)
+        arrays = to_mesh((own, self.teacher.fetch(own), hashes_BT2[mine], context_BTH), 1, self.mesh)
         cut = Mesh(BATCH_AXES, "tensor" if self.mesh.shape["tensor"] > 1 else None)
         head = self.teacher.head if isinstance(self.teacher.head, Head) else Head()
         head = replace(head, vocab_size=self.cached.vocab_size)
-        how = (self.cached.kept, self.cached.temperature, self.teacher.scores, head, cut)
-        kept = _score(how, self.params, *arrays)
-        return multihost_utils.process_allgather(kept, tiled=True) if jax.process_count() > 1 else jax.device_get(kept)
+        how = (kept, self.cached.temperature, self.teacher.scores, head, cut)
+        found = _score(how, self.params, *arrays)
+        alone = jax.process_count() == 1
+        return jax.device_get(found) if alone else multihost_utils.process_allgather(found, tiled=True)
 
     def _tell(self, steps: int) -> None:
         self.step += steps
@@ -192,20 +195,30 @@ class _Work:
 
 
 @partial(jax.jit, static_argnums=0)
-def _score(how: tuple[Any, ...], params: Any, batch: Batch, fetched: Any, hashes_BT2: jax.Array) -> Any:
+def _score(
+    how: tuple[Any, ...], params: Any, batch: Batch, fetched: Any, hashes_BT2: jax.Array, context_BTH: jax.Array
+) -> Any:
     """What is kept of a batch [1, B, T]: arrays [B, T, ...]."""
     kept, temperature, scores, head, cut = how
-    batch, fetched, hashes_BT2 = jax.tree.map(lambda x: x[0], (batch, fetched, hashes_BT2))
+    batch, fetched, hashes_BT2, context_BTH = jax.tree.map(lambda x: x[0], (batch, fetched, hashes_BT2, context_BTH))
     given = scores(params, batch, fetched)
     if isinstance(kept, HiddenStates):
         return given.hidden_BTD.astype(kept.dtype)
 
-    def keep(logits_CV: jax.Array, hashes_C2: jax.Array, positions_C: jax.Array) -> Kept:
+    def keep(logits_CV: jax.Array, hashes_C2: jax.Array, positions_C: jax.Array, *more: jax.Array) -> Kept:
         # What is drawn for a token depends on its segment and its place in it alone.
         keys_C = token_keys(jax.random.key(0), hashes_C2[:, 0], hashes_C2[:, 1], positions_C)
-        return kept.keep(logits_CV.astype(jnp.float32) / temperature, keys_C)
+        return kept.keep(logits_CV.astype(jnp.float32) / temperature, Places(keys_C, *more))
 
-    return map_logits(keep, head, given, hashes_BT2, batch.positions_BT, mesh=cut)
+    return map_logits(keep, head, given, hashes_BT2, batch.positions_BT, batch.targets_BT, context_BTH, mesh=cut)
+
+
+def _before(batch: Batch, width: int) -> np.ndarray:
+    """The `width` tokens before each target [B, T, width], at least 1; before a segment has so many, its first one."""
+    back = np.arange(max(1, width) - 1, -1, -1)
+    places_BTH = np.arange(batch.tokens_BT.shape[1])[:, None] - np.minimum(back, batch.positions_BT[..., None])
+    rows_B11 = np.arange(len(batch.tokens_BT))[:, None, None]
+    return np.ascontiguousarray(batch.tokens_BT[rows_B11, places_BTH])
 
 
 def _name(found: Sequence[Segment]) -> str:

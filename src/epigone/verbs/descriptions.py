@@ -59,7 +59,8 @@ def _written(text: Written) -> str:
     judge = f" for {text.judged_by or type(text.verifier).__name__}" if text.is_judged else ""
     chosen += f", those that keep the rule {getattr(text.rule, '__name__', text.rule)}" if text.rule else ""
     how = f"searched for by {text.beams} beams" if text.beams else f"temperature {text.temperature:g}"
-    drawn = f"{text.tokens} tokens, {how}"
+    marks = f", with {', '.join(type(mark).__name__ for mark in text.marks)}" if text.marks else ""
+    drawn = f"{text.tokens} tokens, {how}{marks}"
     return f"text written by {text.by}{given} ({drawn}{chosen}{judge}){_drawn(text)}"
 
 
@@ -122,8 +123,8 @@ def _called(function: Any) -> str:
 
 
 def corpus_name(text: Text) -> str:
-    fields = ("name", "pattern", "text")
-    return next((file_name(str(getattr(text.corpus, f))) for f in fields if hasattr(text.corpus, f)), "a corpus")
+    fields, corpus = ("name", "pattern", "text"), getattr(text.corpus, "corpus", text.corpus)
+    return next((file_name(str(getattr(corpus, f))) for f in fields if hasattr(corpus, f)), "a corpus")
 
 
 def lineage_tree(key: str, records: Mapping[str, Record | None]) -> list[str]:
