@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from object_stores import trouble
 
-from epigone.data.corpora import Documents, TextFiles, Tfds, slice_documents
+from epigone.data.corpora import Documents, Noised, TextFiles, Tfds, slice_documents
 from epigone.errors import Fault, UserError
 from epigone.storage.places import entries, write_whole
 
@@ -131,6 +131,28 @@ def test_no_file_or_bad_shares_say_so(tmp_path, data):
         TextFiles(str(tmp_path / "nothing*")).prepare(data)
     with pytest.raises(UserError, match="are not three parts of 1"):
         TextFiles("x", shares=(0.9, 0.2, 0.1)).prepare(data)
+
+
+def test_noise_replaces_its_share_of_the_words_by_others_of_the_text(tmp_path, data):
+    write_txt(tmp_path / "a.txt")
+    clean = TextFiles(str(tmp_path / "a.txt"))
+    noised = Noised(clean, 0.25)
+    assert noised.splits == clean.splits
+    before, after = clean.prepare(data)["train"], noised.prepare(data)["train"]
+    texts = zip(before, after, strict=True)
+    pairs = [pair for ours, theirs in texts for pair in zip(ours.split(), theirs.split(), strict=True)]
+    assert {new for _, new in pairs} <= {old for old, _ in pairs}
+    # Of what is replaced one word in ten or so is replaced by itself: 10 different ones, and numbers.
+    changed = np.mean([old != new for old, new in pairs])
+    assert abs(changed - 0.25 * 0.9) < 0.03
+    assert after.card["noise"] == {"share": 0.25, "seed": 0}
+    assert after.card["sha256"] != before.card["sha256"]
+    assert list(Noised(clean, 0.25, seed=1).prepare(data)["train"]) != list(after)
+    assert list(Noised(clean, 0.0).prepare(data)["train"]) == [" ".join(text.split()) for text in before]
+    write_txt(tmp_path / "a.txt", TEXTS[:300])
+    assert len(noised.prepare(data)["train"]) < len(after)
+    with pytest.raises(UserError, match=r"share=1\.5"):
+        Noised(clean, 1.5).prepare(data)
 
 
 class TinyStories(tfds.core.GeneratorBasedBuilder):

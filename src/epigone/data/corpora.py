@@ -3,6 +3,7 @@
 import bisect
 import contextlib
 import difflib
+import hashlib
 import json
 import os
 import re
@@ -25,6 +26,7 @@ __all__ = [
     "Collected",
     "Documents",
     "Embedded",
+    "Noised",
     "TextFiles",
     "Tfds",
     "read_text",
@@ -142,6 +144,49 @@ class Collected:
         if not is_whole(answers := reached(self.folder) / "answers"):
             raise UserError(f"'{self.folder}' has no answers: 'epigone collect' publishes them there")
         return open_splits(answers)
+
+
+@dataclass(frozen=True)
+class Noised:
+    """A corpus in which some words stand in the place of others, as in a text that was scanned or typed badly.
+
+    Each word is replaced with probability `share`, by a word of the same split: of what is replaced, a word is as often
+    as it is in the text.
+
+    Attributes:
+        corpus: the clean one.
+        share: of the words, from 0 to 1.
+        seed: chooses which, and what stands there instead.
+    """
+
+    corpus: Any
+    share: float
+    seed: int = 0
+
+    @property
+    def splits(self) -> tuple[str, ...]:
+        """Names of the splits."""
+        return self.corpus.splits
+
+    def prepare(self, data_dir: Path) -> dict[str, Documents]:
+        """Documents by split, in the order of the clean ones. Raises UserError for a share that is none."""
+        if not 0 <= self.share <= 1:
+            raise UserError(f"Noised: share={self.share} of the words is from 0 to 1")
+        clean = self.corpus.prepare(data_dir)
+        card = {**next(iter(clean.values())).card, "noise": {"share": self.share, "seed": self.seed}}
+        state = repr((self.share, self.seed, [documents.card.get("sha256") for documents in clean.values()]))
+        name = f"noised-{hashlib.blake2b(state.encode(), digest_size=8).hexdigest()}"
+        card["name"] = f"{card['name']}, {self.share:.0%} of the words replaced"
+        return _prepared(data_dir / name, lambda split: self._documents(clean[split]), card, tuple(clean))
+
+    def _documents(self, clean: Documents) -> Iterator[str]:
+        random = np.random.default_rng(self.seed)
+        words = [word for text in clean for word in text.split()]
+        for text in clean:
+            own = text.split()
+            for place in np.flatnonzero(random.random(len(own)) < self.share):
+                own[place] = words[int(random.integers(len(words)))]
+            yield " ".join(own)
 
 
 @dataclass(frozen=True)
