@@ -57,7 +57,7 @@ MAY_IMPORT = {
         "writing",
     },
     "writing": {"errors", "lineage", "models"},
-    "measure": {"errors", "lineage", "materials", "evaluate", "models", "theory", "view"},
+    "measure": {"arena", "errors", "lineage", "materials", "evaluate", "models", "theory", "view"},
     "theory": {"identity", "lineage", "materials", "evaluate", "models", "writing"},
     "verifiers": {"lineage", "evaluate", "models", "writing"},
     "models": {"devices", "errors", "identity"},

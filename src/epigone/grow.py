@@ -20,7 +20,7 @@ from epigone.identity import canonical
 from epigone.learning import learn, learn_together
 from epigone.lineage import Lineage, Node, Text, TrainedTokenizer, Written
 from epigone.materials import Materials
-from epigone.measure import compared, measured
+from epigone.measure import compared, measured, watched
 from epigone.models.ngram import NGram
 from epigone.plan import check_trained
 from epigone.processes import first_then_all, is_first, wait
@@ -70,8 +70,8 @@ def grow(
             for node in group:
                 if node in nodes:
                     finish(node, materials, hardware, view, learned.get(node.key))
-        if is_first():
-            compare_populations(materials, view)
+        if is_first() and target is None:
+            measure_whole(materials, view)
     return [node.key for node in nodes]
 
 
@@ -93,14 +93,21 @@ def finish(
     view.finish(node, record)
 
 
-def compare_populations(materials: Materials, view: View) -> None:
-    """Hold the members of each population against each other, where all are grown and it was not done."""
+def measure_whole(materials: Materials, view: View) -> None:
+    """What is measured of the lineage as a whole, where its nodes are grown and it was not done.
+
+    The members of each population are held against each other; traffic at the box is watched.
+    """
     store, populations = materials.store, materials.store.lineage.populations
     for number, population in enumerate(populations if store.lineage.evaluation else (), start=1):
         members = [store.lineage[key] for key in population.members]
         if store.population_record(population) is None and all(store.record(node) is not None for node in members):
             view.stage(f"compare populations, {number} of {len(populations)}")
             store.write_population(population, compared(members, materials))
+    watch = store.lineage.watch
+    if watch and store.watch_record() is None and store.record(store.lineage[watch.teacher]) is not None:
+        view.stage("watch the box")
+        store.write_watch(watched(watch, materials))
 
 
 def pending(store: Store) -> list[Node]:
@@ -117,6 +124,10 @@ def check(nodes: list[Node], materials: Materials) -> None:
     """Refuse, before any work, what would fail after hours: texts that are not there, parts that do not fit."""
     evaluation = materials.store.lineage.evaluation
     texts = [evaluation.text, evaluation.real] if nodes and evaluation else []
+    if watch := materials.store.lineage.watch:
+        texts.append(watch.text)
+        if watch.boxes and isinstance(materials.store.lineage[watch.teacher].model, NGram):
+            raise UserError(f"watch: '{watch.teacher}' counts, and boxes are of a decoder: leave out the boxes")
     for node in nodes:
         lesson = node.lesson
         texts += [source for source in lesson.text if isinstance(source, Text)]

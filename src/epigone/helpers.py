@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from epigone.errors import Busy, Fault, UserError
-from epigone.grow import check, compare_populations, finish, is_pending, pending
+from epigone.grow import check, finish, is_pending, measure_whole, pending
 from epigone.lineage import Lineage, Node
 from epigone.materials import Materials
 from epigone.store import Store
@@ -66,7 +66,7 @@ def grow_some(
                 view.stage("waits for others")
                 time.sleep(POLL)
         with store.alone(run / "populations"):
-            compare_populations(materials, view)
+            measure_whole(materials, view)
     return grown
 
 

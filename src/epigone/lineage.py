@@ -169,6 +169,8 @@ class Lineage:
         description: one paragraph for the reader of the report.
         populations: nodes that are held against each other, as the evaluation says.
         claims: what others say of such models; a claim about nodes that are not in the lineage is left out.
+        watch: traffic at a node's prompt box, a config of `epigone.arena.watch`; None: nobody asks. No part of anyone's
+            identity.
     """
 
     name: str
@@ -177,6 +179,7 @@ class Lineage:
     description: str = ""
     populations: tuple[Population, ...] = ()
     claims: tuple[Claim, ...] = ()
+    watch: Any = None
 
     def __post_init__(self) -> None:
         check_name(self.name)
@@ -187,7 +190,7 @@ class Lineage:
         if double := next((key for key in keys if keys.count(key) > 1), None):
             raise UserError(f"lineage '{self.name}' has two populations '{double}': give one another name or seed")
         named = [*self.evaluation.compare.values(), self.evaluation.judge] if self.evaluation else []
-        for key in filter(None, named):
+        for key in filter(None, [*named, self.watch and self.watch.teacher]):
             _ = self[key]
         _ = self.order
 

@@ -23,6 +23,9 @@ class Embeds(Protocol):
     def embed(self, documents: Sequence[Document]) -> np.ndarray: ...
 
 
+HONEST = 500
+"""Texts for which an honest user wants scores, and beginnings for which it wants texts."""
+
 JUDGED = 100
 """Documents that the evaluation's judge reads of each node: it may be a large model."""
 
@@ -83,6 +86,22 @@ def compared(members: Sequence[Node], materials: Materials) -> dict[str, float]:
     seeds = [seed_of(materials.store.lineage.identities[node.key], "population") for node in members]
     written = [model.write(enough, seed) for model, seed in zip(models, seeds, strict=True)]
     return metrics | evaluate.union_metrics([evaluate.first_tokens(text, share) for text in written], tokenizer.size)
+
+
+def watched(watch: Any, materials: Materials) -> dict[str, Any]:
+    """Traffic at the box of a node that is grown: who is caught, and what that and each policy costs honest users."""
+    from epigone.arena.watch import utility
+    from epigone.arena.watch import watch as watch_traffic
+
+    node = materials.store.lineage[watch.teacher]
+    model, tokenizer = materials.model(node), materials.tokenizer(node.tokenizer)
+    documents = materials.documents(watch.text, node.tokenizer)
+    frames = [tokenizer.encode(frame) for frame in watch.frames]
+    found = watch_traffic(watch, documents, frames, tokenizer.size)
+    read = [document[: longest(node)] for document in documents[:HONEST]]
+    prompts = [document[: min(6, len(document))] for document in read]
+    found["boxes"] = {name: utility(model, box, read, prompts, watch.seed) for name, box in watch.boxes.items()}
+    return found
 
 
 def _measure_writing(

@@ -93,9 +93,7 @@ class Store:
 
     def population_record(self, population: Population) -> dict[str, Any] | None:
         """What was measured of a population of these very nodes; None before."""
-        path = self.run / "populations" / f"{population.key}.json"
-        record = json.loads(path.read_bytes()) if path.exists() else {}
-        return record if record.get("measured_as") == self.population_as(population) else None
+        return _if_current(self.run / "populations" / f"{population.key}.json", self.population_as(population))
 
     def population_as(self, population: Population) -> str:
         """What its measures depend on."""
@@ -107,6 +105,19 @@ class Store:
         described = {name: getattr(population, name) for name in ("key", "name", "seed", "members", "factors")}
         record = {**described, "metrics": measures, "measured_as": self.population_as(population)}
         write_json(self.run / "populations" / f"{population.key}.json", record)
+
+    def watch_record(self) -> dict[str, Any] | None:
+        """What was measured at the box that the lineage watches; None before."""
+        return _if_current(self.run / "watch.json", self.watch_as())
+
+    def watch_as(self) -> str:
+        """What that depends on."""
+        watch = self.lineage.watch
+        return fingerprint([watch, self.lineage.identities[watch.teacher]]) if watch else ""
+
+    def write_watch(self, measures: dict[str, Any]) -> None:
+        """Keep what was measured at the box."""
+        write_json(self.run / "watch.json", measures | {"measured_as": self.watch_as()})
 
     def write_lineage(self) -> None:
         """Describe the whole lineage, grown or not, for the report and for people."""
@@ -135,6 +146,7 @@ class Store:
                 for population in lineage.populations
             ],
             "claims": [canonical(claim) for claim in lineage.claims],
+            **({"watch": self.watch_as()} if lineage.watch else {}),
         }
         path = self.run / "lineage.json"
         if not path.exists() or path.read_bytes() != json.dumps(described, indent=1).encode():
@@ -166,6 +178,12 @@ class Store:
 def kind(node: Node) -> str:
     """What sort of model a node is: the name of its architecture's config, in lower case."""
     return type(node.model).__name__.removesuffix("Config").lower()
+
+
+def _if_current(path: Path, mark: str) -> dict[str, Any] | None:
+    """What was measured of the lineage as a whole, if it still is of this lineage."""
+    record = json.loads(path.read_bytes()) if path.exists() else {}
+    return record if record.get("measured_as") == mark else None
 
 
 def write_json(path: Path, value: Any) -> None:

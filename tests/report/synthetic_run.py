@@ -12,18 +12,18 @@ HOSTILE = "<script>alert('x')</script> \"quoted\" & </td></table> --> {{ 7 * 7 }
 
 def quickstart(generations: int = 10, seeds: int = 3) -> list[dict]:
     """Lineage entries: trigram chains in three regimes, teacher/student/control, transformer chains, a pupil."""
-    nodes = [_entry("trigram", 0, seed, "ngram", [], family="trigram") for seed in range(seeds)]
+    nodes = [lineage_entry("trigram", 0, seed, "ngram", [], family="trigram") for seed in range(seeds)]
     for regime in ("replace", "accumulate", "fresh"):
         for seed in range(seeds):
             nodes += [_copy("trigram", regime, g, seed, "ngram") for g in range(1, generations + 1)]
-    nodes.append(_entry("teacher", 0, 0, "decoder", [], family="transformer", role="teacher"))
+    nodes.append(lineage_entry("teacher", 0, 0, "decoder", [], family="transformer", role="teacher"))
     for seed in range(seeds):
         taught = [("teacher@0", "teacher")]
-        nodes.append(_entry("student", 1, seed, "decoder", taught, family="transformer", role="student"))
-        nodes.append(_entry("control", 1, seed, "decoder", [], family="transformer", role="control"))
+        nodes.append(lineage_entry("student", 1, seed, "decoder", taught, family="transformer", role="student"))
+        nodes.append(lineage_entry("control", 1, seed, "decoder", [], family="transformer", role="control"))
     for regime in ("replace", "accumulate"):
         nodes += [_copy("self", regime, g, 0, "decoder", root="teacher") for g in (1, 2, 3)]
-    nodes.append(_entry("pupil", 1, 0, "decoder", [("teacher@0", "text")], family="transformer", role="pupil"))
+    nodes.append(lineage_entry("pupil", 1, 0, "decoder", [("teacher@0", "text")], family="transformer", role="pupil"))
     return nodes
 
 
@@ -64,7 +64,9 @@ def write_run(run: Path, entries: list[dict], records: list[dict], description: 
     return run
 
 
-def _entry(name: str, generation: int, seed: int, kind: str, parents: list[tuple[str, str]], **labels: str) -> dict:
+def lineage_entry(
+    name: str, generation: int, seed: int, kind: str, parents: list[tuple[str, str]], **labels: str
+) -> dict:
     made = key(name, generation, seed)
     identity = f"{random.Random(made).getrandbits(64):016x}"
     links = [{"key": parent, "role": role} for parent, role in parents]
@@ -78,7 +80,7 @@ def _copy(name: str, regime: str, generation: int, seed: int, kind: str, root: s
     earlier = [first] + [key(chain, g, seed) for g in range(1, generation)]
     writers = earlier if regime == "accumulate" else earlier[-1:]
     family = "transformer" if root else name
-    return _entry(chain, generation, seed, kind, [(w, "text") for w in writers], family=family, regime=regime)
+    return lineage_entry(chain, generation, seed, kind, [(w, "text") for w in writers], family=family, regime=regime)
 
 
 def _decay(entry: dict) -> float:

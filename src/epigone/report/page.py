@@ -7,7 +7,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from epigone.errors import UserError
-from epigone.report import populations, reading, sections
+from epigone.report import box, populations, reading, sections
 from epigone.report.explorer import exploration
 from epigone.report.formats import probability
 from epigone.report.graph import lineage_svg
@@ -73,6 +73,11 @@ def render(run: Run, series: list[Series], compared: list[Comparison], figures: 
         bands=sections.bands(series),
         not_drawn=sections.not_drawn(series),
         held=populations.held(run),
+        outside=box.rows(run),
+        watched=box.detectors(run),
+        copies=box.copies(run),
+        learned_from=box.learned_from(run),
+        boxes=box.boxes(run),
         comparisons=[(one, sections.verdict(one), sections.compared_table(run, one)) for one in compared],
         claims=[(one, sections.measured(one), sections.outcome(one)) for one in tried(run)],
         exploration=Markup(exploration(run, series)),

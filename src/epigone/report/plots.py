@@ -6,7 +6,7 @@ from pathlib import Path
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from epigone.report import populations
+from epigone.report import box, populations
 from epigone.report.curves import curves_figure, imitation_figure
 from epigone.report.formats import real
 from epigone.report.records import Run, finite
@@ -57,12 +57,14 @@ def draw_all(run: Run, series: list[Series], compared: list[Comparison], directo
             **{f"diversity-{i}": diversity_figure(group, regimes(series)) for i, group in enumerate(grouped)},
             "populations": populations.map_figure(run),
             "factors": populations.factors_figure(run),
+            "box": box.figure(run),
             "imitation": imitation_figure(run),
             "curves": curves_figure(run),
         }
         labels = {"perplexity": "Held-out perplexity against generation", "student-control": "Student against control",
                   "imitation": "Student beside teacher, against tokens",
                   "populations": "What populations have in common", "factors": "What they have in common, by factor",
+                  "box": "Students outside a prompt box, by what they learned from",
                   "curves": "Training loss against tokens"}  # fmt: skip
         return {
             name: save(figure, name, directory, labels.get(name, "Coherence and diversity against generation"))

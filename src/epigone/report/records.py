@@ -13,6 +13,8 @@ optional strings:
 | `role`   | "student" or "control" puts the node into the comparison of | not compared           |
 |          | the two (same family, same generation, paired by seed); any |                        |
 |          | other word is only shown in the table                       |                        |
+| `way`    | how a student outside a prompt box learned, e.g. "text"     | not drawn there        |
+| `asked`  | tokens that it asked for, a number                          | not drawn there        |
 """
 
 import json
@@ -130,6 +132,7 @@ class Run:
     nodes: tuple[Node, ...]
     populations: tuple[Population, ...] = ()
     claims: tuple[Claim, ...] = ()
+    watch: dict[str, Any] = field(default_factory=dict)
 
     @property
     def grown(self) -> tuple[Node, ...]:
@@ -186,6 +189,8 @@ def joined(directories: Sequence[Path], folder: Path) -> Run:
 def _renamed(node: Node, run: str) -> Node:
     """A node of a run among those of others."""
     named = {"family": f"{run} · {node.family}", "regime": node.regime if "regime" in node.labels else ""}
+    if "way" in node.labels:
+        named["way"] = f"{run} · {node.labels['way']}"
     labels = {**node.labels, **{name: value for name, value in named.items() if value}}
     parents = tuple(Parent(f"{run}/{parent.key}", parent.role) for parent in node.parents)
     return replace(node, key=f"{run}/{node.key}", name=f"{run}/{node.name}", parents=parents, labels=labels)
@@ -216,6 +221,7 @@ def load_run(directory: Path, folder: Path | None = None) -> Run:
         nodes=nodes,
         populations=populations,
         claims=claims,
+        watch=_watch(lineage, directory),
     )
 
 
@@ -242,6 +248,13 @@ def _read_records(directory: Path, folder: Path) -> Records:
 def _claim(entry: dict[str, Any]) -> Claim:
     order = tuple(str(group) for group in entry["order"])
     return Claim(str(entry["says"]), str(entry["source"]), order, float(entry["factor"]), str(entry["metric"]))
+
+
+def _watch(lineage: dict[str, Any], directory: Path) -> dict[str, Any]:
+    """What was measured at the box; empty where nothing was, or of another lineage."""
+    path = directory / "watch.json"
+    record = _read_object(path) if lineage.get("watch") and path.is_file() else {}
+    return record if record.get("measured_as") == lineage.get("watch") else {}
 
 
 def _population(entry: dict[str, Any], directory: Path) -> Population:

@@ -309,4 +309,5 @@ def _is_current(page: Path, store: Any) -> bool:
         return False
     shown = [store.run / "lineage.json", *(store.directory(n) / "record.json" for n in store.lineage.nodes)]
     shown += [store.run / "populations" / f"{population.key}.json" for population in store.lineage.populations]
+    shown += [store.run / "watch.json"] if store.lineage.watch else []
     return page.exists() and all(page.stat().st_mtime_ns >= path.stat().st_mtime_ns for path in shown)
