@@ -173,6 +173,9 @@ def _watch() -> Watch:
     return Watch("teacher@0", Text(BIBLE), EXTRACTORS, hard=("hard prompts",), boxes=boxes)
 
 
+COMMON = "a common claim"
+
+
 def _claims() -> tuple[Claim, ...]:
     """What is commonly said of copies."""
     said = {
@@ -185,7 +188,10 @@ def _claims() -> tuple[Claim, ...]:
             "text-fourfold@1",
         ),
     }
+    claims = [Claim(says, COMMON, order) for says, order in said.items()]
     for percent in (0, 10, 20, 40):
-        says = f"A teacher's cleaned-up answers teach better than the text that it learned, of {percent} % noise."
-        said[says] = (f"cleaned-up{percent}@1", f"noisy-text{percent}@1")
-    return tuple(Claim(says, "a common claim", order) for says, order in said.items())
+        says = f"A teacher's cleaned-up answers teach better than the text that it learned, of {percent} % noise"
+        cleaned, noisy = f"cleaned-up{percent}@1", f"noisy-text{percent}@1"
+        claims.append(Claim(f"{says}: to be less surprised.", COMMON, (cleaned, noisy)))
+        claims.append(Claim(f"{says}: to guess the next word.", COMMON, (noisy, cleaned), metric="accuracy"))
+    return tuple(claims)

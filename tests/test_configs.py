@@ -35,7 +35,7 @@ def config(name: str) -> Lineage:
         ("generations/beams", 2),
         ("generations/ladder", 3),
         ("born_again", 1),
-        ("arena", 6),
+        ("arena", 10),
     ],
 )
 def test_what_papers_claim_is_said_of_nodes_that_are_there(name, claims):
