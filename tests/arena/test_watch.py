@@ -62,7 +62,9 @@ def test_one_who_asks_like_a_clock_for_all_there_is_is_refused_after_a_window(gu
     assert got["regularity"] == got[ANY] == CONFIG.window
     assert got["repetition"] == CONFIG.window
     assert got[TOGETHER] == 400  # it is alone
-    assert set(got) == {*guard.scores, TOGETHER, ANY}
+    # 1,800 queries an hour: as many are answered as the busiest hour of honest users has.
+    assert got["volume"] == guard.alone["volume"].value < 400
+    assert set(got) == {*guard.scores, "volume", TOGETHER, ANY}
 
 
 def test_an_honest_user_is_refused_at_the_first_false_alarm_and_not_before(guard, parts):
@@ -167,5 +169,6 @@ def test_what_hides_an_extractor_is_no_part_of_what_it_gets():
     assert (found["hidden"]["wanted"], found["hidden"]["asked"]) == (400, 1_600)
     assert found["hidden"]["got"][ANY] == [400]
     assert found["many"]["days"] == pytest.approx(9 * 60 / 86_400, abs=60 / 86_400)  # ten queries of each, by the clock
-    assert found["many"]["caught"]["volume"] is None  # no account asks for a window
+    assert found["many"]["caught"]["coverage"] is None  # no account asks for a window
+    assert found["many"]["caught"]["volume"][0] == 0  # of a day of each account
     assert found["many"]["caught"][TOGETHER][0] == 0

@@ -34,10 +34,13 @@ Window = Sequence[Query]
 
 def volume(window: Window, span: float = 3600.0) -> float:
     """The most queries within `span` seconds."""
+    return float(np.max(running(window, span), initial=0))
+
+
+def running(window: Window, span: float = 3600.0) -> np.ndarray:
+    """At each query, how many there are in the `span` seconds up to it, itself counted."""
     times = np.array([query.time for query in window])
-    if not len(times):
-        return 0.0
-    return float(np.max(np.arange(1, len(times) + 1) - np.searchsorted(times, times - span, side="right")))
+    return np.arange(1, len(times) + 1) - np.searchsorted(times, times - span, side="right")
 
 
 def regularity(window: Window) -> float:

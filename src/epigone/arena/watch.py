@@ -2,7 +2,8 @@
 
 Honest traffic is made up in three parts, of other users each: one that detectors know, one on whose windows thresholds
 are calibrated, and one on which false alarms and their price are counted. An account is refused from the end of the
-first window on in which a detector gives an alarm; coordination is looked at when a day is over.
+first window on in which a detector gives an alarm. Coordination is looked at when a day is over; volume, of the last
+hour, at every query.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -25,7 +26,7 @@ from epigone.arena.detectors import (
     prada,
     regularity,
     repetition,
-    volume,
+    running,
 )
 from epigone.arena.policies import Policy, shown_scores
 from epigone.arena.traffic import DAY, KINDS, Extractor, by_account, extraction, honest, windows
@@ -37,6 +38,7 @@ from epigone.models.ngram import NGram, NGramModel
 from epigone.sampling.decode import DecoderLanguageModel
 
 TOGETHER = "coordination"
+VOLUME = "volume"
 ANY = "any of them"
 KNOWN_QUERIES = 200
 """Honest queries with which MMD compares a window."""
@@ -205,17 +207,26 @@ class Look(NamedTuple):
     Attributes:
         accounts: the queries of each account.
         windows: what each detector says of each window of each account, by account and detector.
+        hours: at each query of each account, its queries in the hour up to it.
         days: (day, account, with how many others it acts together).
     """
 
     accounts: dict[str, Log]
     windows: dict[str, dict[str, list[float]]]
+    hours: dict[str, np.ndarray]
     days: list[tuple[int, str, float]]
 
     def values(self, detector: str) -> list[float]:
-        """All that a detector says."""
+        """All that a detector says: of windows, or of the days of accounts."""
         if detector == TOGETHER:
             return [value for _, account, value in self.days if account in self.accounts]
+        if detector == VOLUME:
+            most: dict[tuple[str, int], float] = {}
+            for account, queries in self.accounts.items():
+                for query, count in zip(queries, self.hours[account].tolist(), strict=True):
+                    day = (account, int(query.time // DAY))
+                    most[day] = max(float(count), most.get(day, 0.0))
+            return list(most.values())
         return [value for one in self.windows.values() for value in one[detector]]
 
 
@@ -232,7 +243,6 @@ class Guard:
         picked = np.random.default_rng(config.seed).permutation(len(known))[:KNOWN_QUERIES]
         self.size = config.window
         self.scores: dict[str, Score] = {
-            "volume": volume,
             "regularity": regularity,
             "coverage": coverage,
             "novelty": partial(novelty, seen=pairs(known)),
@@ -241,7 +251,7 @@ class Guard:
             "mmd": partial(mmd, honest=[known[int(i)] for i in picked]),
             **config.more,
         }
-        seen, names = self.look(calibration), (*self.scores, TOGETHER)
+        seen, names = self.look(calibration), (VOLUME, *self.scores, TOGETHER)
         self.alone = {name: _calibrated(seen.values(name), config.rate) for name in names}
         self.jointly = {name: _calibrated(seen.values(name), config.rate / len(names)) for name in names}
 
@@ -252,7 +262,8 @@ class Guard:
         for account, queries in accounts.items():
             parts = windows(queries, self.size)
             said[account] = {name: [score(part) for part in parts] for name, score in self.scores.items()}
-        return Look(accounts, said, _together([*log, *others]))
+        hours = {account: running(queries) for account, queries in accounts.items()}
+        return Look(accounts, said, hours, _together([*log, *others]))
 
     def told(self, fresh: Look) -> dict[str, Any]:
         """Of each detector its threshold, the interval of its rate, and the share of fresh honest windows above it."""
@@ -269,9 +280,11 @@ class Guard:
         The rate of false alarms is shared out among detectors where any of them refuses.
         """
         ends, joint_ends = (_ends(seen.days, limits[TOGETHER]) for limits in (self.alone, self.jointly))
-        found: dict[str, dict[str, int]] = {name: {} for name in (*self.scores, TOGETHER, ANY)}
+        found: dict[str, dict[str, int]] = {name: {} for name in (*self.alone, ANY)}
         for account, queries in seen.accounts.items():
-            values, joint = seen.windows[account], [_until(queries, joint_ends.get(account))]
+            values, hours = seen.windows[account], seen.hours[account]
+            joint = [_until(queries, joint_ends.get(account)), _first_above(hours, self.jointly[VOLUME])]
+            found[VOLUME][account] = _first_above(hours, self.alone[VOLUME])
             for name in self.scores:
                 found[name][account] = self._until_alarm(values[name], self.alone[name], len(queries))
                 joint.append(self._until_alarm(values[name], self.jointly[name], len(queries)))
@@ -282,6 +295,12 @@ class Guard:
     def _until_alarm(self, values: Sequence[float], threshold: Threshold, queries: int) -> int:
         first = next((number for number, value in enumerate(values, 1) if threshold.alarm(value)), None)
         return queries if first is None else first * self.size
+
+
+def _first_above(hours: np.ndarray, threshold: Threshold) -> int:
+    """Queries before the first one that is too many for its hour; all where none is."""
+    above = np.flatnonzero(hours > threshold.value)
+    return int(above[0]) if len(above) else len(hours)
 
 
 def _calibrated(honest: Sequence[float], rate: float) -> Threshold:
