@@ -6,8 +6,9 @@ What     A teacher answers prompts. Students outside read its answers, or also t
          teachers learn text in which words were replaced, and students what they make of it.
 Why      What a provider shows decides how cheap a copy is; what a measure is worth shows only against one who knows it.
 Command  epigone run configs/arena.py --jobs 2
-Cost     About half an hour on two CPU cores.
-Expect   See docs/arena.md.
+Cost     About 40 minutes on two CPU cores.
+Expect   Perplexity of students of 80,000 tokens: text 69, five scores and text 56, twenty scores 52. Rounding, noise
+         and a watermark change little of that for one who knows of them. docs/arena.md has all of it.
 """
 
 from dataclasses import dataclass, replace

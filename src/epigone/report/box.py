@@ -234,6 +234,7 @@ def boxes(run: Run) -> list[tuple[str, list[str]]]:
     """What each policy leaves an honest user: scores that are shown, how wrong they are, and what texts are worth."""
     table = []
     for name, one in (run.watch.get("boxes") or {}).items():
-        numbers = [real(finite(one.get(measure))) for measure in ("error", "text_nats", "distinct_2")]
+        values = (finite(one.get(measure)) for measure in ("error", "text_nats", "distinct_2"))
+        numbers = ["" if value is None else real(round(value, 4)) for value in values]
         table.append((name, [f"{one['shown']:.0%}", *numbers]))
     return table
