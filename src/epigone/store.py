@@ -182,7 +182,10 @@ def kind(node: Node) -> str:
 
 def _if_current(path: Path, mark: str) -> dict[str, Any] | None:
     """What was measured of the lineage as a whole, if it still is of this lineage."""
-    record = json.loads(path.read_bytes()) if path.exists() else {}
+    try:
+        record = json.loads(path.read_bytes()) if path.exists() else {}
+    except ValueError:
+        raise Fault(f"{path} is damaged: delete it to measure again") from None
     return record if record.get("measured_as") == mark else None
 
 
